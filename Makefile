@@ -1,0 +1,52 @@
+# What a developer or a curious visitor does with imgfs. Settings of the tools live in pyproject.toml.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run stop test check lint types imports format bench bench-quick install-system clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+run: .venv/imgfs-ready ## mount a store with sample photos at run/mnt
+	@scripts/run.sh
+
+stop: ## unmount what `make run` mounted
+	@scripts/stop.sh
+
+test: .venv/test-ready ## run all tests
+	@scripts/test.sh
+
+check: lint types imports ## lint, types and imports
+
+lint: .venv/imgfs-ready ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/imgfs-ready ## mypy --strict
+	$(BIN)/mypy
+
+imports: .venv/imgfs-ready ## the layers, as pyproject.toml declares them
+	$(BIN)/lint-imports
+
+format: .venv/imgfs-ready ## let ruff format the code
+	$(BIN)/ruff format .
+
+bench: .venv/imgfs-ready ## measure everything that the docs claim (long)
+	scripts/as_root $(BIN)/python -m bench
+
+bench-quick: .venv/imgfs-ready ## the same with small numbers
+	scripts/as_root $(BIN)/python -m bench --quick
+
+install-system: .venv/imgfs-ready ## install imgfs for systemd and fstab, see systemd/README.md
+	@PYTHON=$(PYTHON) scripts/install-system.sh
+
+clean: stop ## stop, and delete everything make has made, also the photos in run/
+	@scripts/clean.sh
+
+.venv/imgfs-ready: pyproject.toml scripts/install.sh
+	@PYTHON=$(PYTHON) scripts/install.sh
+
+.venv/test-ready: .venv/imgfs-ready
+	@scripts/install.sh test
