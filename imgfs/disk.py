@@ -1,0 +1,204 @@
+"""Every call to the file system below the store goes through this module, so that tests can cut the power before any.
+
+Owns nothing but the descriptors it hands out. Must not know what the bytes mean.
+
+*Concurrency:* a `Disk` holds no state but what it has learned of the kernel; a file may be used from several
+threads at once, each call with its own offset.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Sequence
+
+Buffer = bytes | bytearray | memoryview
+
+# struct fsxattr of linux/fs.h: xflags, extsize, nextents, projid, cowextsize, 8 bytes of padding.
+_FSXATTR = struct.Struct("<IIIII8x")
+_FS_IOC_FSGETXATTR = 0x801C581F
+_FS_IOC_FSSETXATTR = 0x401C5820
+_FS_XFLAG_EXTSIZE = 0x800
+# One read returns at most this much; the kernel itself stops a little below 2 GiB.
+_READ_BYTES_MAX = 1 << 30
+# More buffers than this the kernel does not take in one call.
+_IOV_MAX = 1024
+
+
+class WouldBlock(Exception):
+    """The bytes are not in memory; ask again from a thread that may wait for the disk."""
+
+
+class Disk:
+    """The file system the store lies on; paths are those of the process, files are descriptors."""
+
+    def __init__(self) -> None:
+        self._nowait_flag = getattr(os, "RWF_NOWAIT", 0)
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def open(self, path: str, *, writable: bool = False, create: bool = False, exclusive: bool = False) -> int:
+        """Open the file at *path* and return its descriptor; *exclusive* makes an existing file an error."""
+        flags = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
+        if create:
+            flags |= os.O_CREAT
+        if exclusive:
+            flags |= os.O_EXCL
+        return os.open(path, flags, 0o600)
+
+    def close(self, file: int) -> None:
+        os.close(file)
+
+    def duplicate(self, file: int) -> int:
+        """Return another descriptor of the same open file."""
+        return os.dup(file)
+
+    def size(self, file: int) -> int:
+        """Return the length of *file* in bytes."""
+        return os.fstat(file).st_size
+
+    def read(self, file: int, offset: int, size: int, *, nowait: bool = False) -> bytes:
+        """Return up to *size* bytes at *offset*; fewer only where the file ends.
+
+        Raises:
+            WouldBlock: *nowait* is set and some of the bytes would have to come from the disk.
+        """
+        if nowait and self._nowait_flag:
+            return self._read_resident(file, offset, size)
+        data = os.pread(file, min(size, _READ_BYTES_MAX), offset)
+        if len(data) == size or not data:
+            return data
+        parts = [data]
+        done = len(data)
+        while done < size:
+            data = os.pread(file, min(size - done, _READ_BYTES_MAX), offset + done)
+            if not data:
+                break
+            parts.append(data)
+            done += len(data)
+        return b"".join(parts)
+
+    def _read_resident(self, file: int, offset: int, size: int) -> bytes:
+        buffer = bytearray(size)
+        try:
+            done = os.preadv(file, [buffer], offset, self._nowait_flag)
+        except BlockingIOError:
+            raise WouldBlock from None
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            # This file system has no RWF_NOWAIT: always let a thread wait.
+            raise WouldBlock from None
+        if done == size:
+            return bytes(buffer)
+        if offset + done < self.size(file):
+            raise WouldBlock
+        return bytes(buffer[:done])
+
+    def write(self, file: int, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write *buffers* one after the other at *offset*, all of them or an OSError."""
+        pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        while pending:
+            done = os.pwritev(file, pending[:_IOV_MAX], offset)
+            offset += done
+            while pending and done >= len(pending[0]):
+                done -= len(pending[0])
+                pending.pop(0)
+            if done:
+                pending[0] = pending[0][done:]
+
+    def truncate(self, file: int, size: int) -> None:
+        """Cut or extend *file* to *size* bytes."""
+        os.ftruncate(file, size)
+
+    def sync(self, file: int) -> None:
+        """Make the data of *file* and its length durable."""
+        os.fdatasync(file)
+
+    def prefetch(self, file: int, offset: int, size: int) -> None:
+        """Let the disk start to read *size* bytes at *offset*; return at once."""
+        os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def hint_extent_size(self, file: int, size: int) -> bool:
+        """Ask XFS to allocate *file* in extents of *size* bytes; return whether the file system took the hint."""
+        attributes = bytearray(_FSXATTR.size)
+        try:
+            fcntl.ioctl(file, _FS_IOC_FSGETXATTR, attributes)
+            xflags, _, extents, project, cow_size = _FSXATTR.unpack(attributes)
+            hinted = _FSXATTR.pack(xflags | _FS_XFLAG_EXTSIZE, size, extents, project, cow_size)
+            fcntl.ioctl(file, _FS_IOC_FSSETXATTR, hinted)
+        except OSError:
+            return False
+        return True
+
+    # -- names ------------------------------------------------------------------------------------------------
+
+    def names(self, directory: str) -> list[str]:
+        """Return the names in *directory*, sorted."""
+        return sorted(os.listdir(directory))
+
+    def exists(self, path: str) -> bool:
+        """Return whether there is anything at *path*; an OSError if that may not be known."""
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def mkdir(self, path: str) -> None:
+        os.mkdir(path, 0o700)
+
+    def rename(self, source: str, target: str) -> None:
+        """Give the file at *source* the name *target*, in place of what had it."""
+        os.rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def sync_directory(self, path: str) -> None:
+        """Make the names in the directory at *path* durable."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def replace_file(self, path: str, data: bytes) -> None:
+        """Make *data* the whole content of the file at *path*, in one durable step."""
+        temporary = path + ".new"
+        file = self.open(temporary, writable=True, create=True)
+        try:
+            self.truncate(file, 0)
+            self.write(file, 0, [data])
+            self.sync(file)
+        finally:
+            self.close(file)
+        self.rename(temporary, path)
+        self.sync_directory(os.path.dirname(path))
+
+    # -- the whole file system --------------------------------------------------------------------------------
+
+    def space(self, path: str) -> os.statvfs_result:
+        """Return the size and the free space of the file system that holds *path*."""
+        return os.statvfs(path)
+
+    def lock(self, path: str) -> int | None:
+        """Take the lock file at *path* for as long as the returned descriptor is open; None if another has it."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno == errno.EWOULDBLOCK:
+                return None
+            raise
+        return descriptor
+
+    def is_locked(self, file: int) -> bool:
+        """Return whether another open file has the lock on *file*; a lock that *file* itself has is given up."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(file, fcntl.LOCK_UN)
+        return False

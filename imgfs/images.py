@@ -1,0 +1,392 @@
+"""Reading and writing the bytes of images: verified when opened, staged while written, one needle when flushed.
+
+Owns the cache of verified bytes. Must not know names or directories; those are the store's.
+
+*Concurrency:* reading takes no lock: a record is read, then the disk, then the record again, and if it moved
+meanwhile the read starts over. Writing and flushing hold the table's lock.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from imgfs.disk import Buffer
+from imgfs.errors import BadHandle, Damaged, IsADirectory, ReadOnly, Stale, TooLarge, disk_error
+from imgfs.format import (
+    ALIGNMENT,
+    CHUNK_BYTES,
+    IMAGE_BYTES_MAX,
+    NEEDLE_HEADER_BYTES_MAX,
+    Checksums,
+    Kind,
+    Needle,
+    checksums,
+    footer_bytes,
+    inode_of,
+    slot_of,
+    unpack_footer,
+)
+from imgfs.handles import WRITE, Handles
+from imgfs.layout import Flag
+from imgfs.log import SMALL_BYTES, Log
+from imgfs.settings import MIB
+from imgfs.staging import DIRTY, Staged, Staging
+from imgfs.table import Record, Table
+from imgfs.volumes import Volumes
+
+# An image up to this size is verified as a whole when it is opened; of a larger one each MiB when it is read.
+VERIFIED_AT_OPEN = 4 * MIB
+# Verified bytes are kept so that the reads that follow an open need no further call: this much, no more.
+_CACHE_BYTES = 8 * MIB
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A needle whose header is known to be whole, and what of its data was verified with it."""
+
+    needle: Needle
+    offset: int
+    sums: Checksums
+    data: memoryview | None
+
+
+class Images:
+    """The bytes of all images of one store."""
+
+    def __init__(
+        self,
+        table: Table,
+        volumes: Volumes,
+        handles: Handles,
+        staging: Staging,
+        log: Log | None,
+    ) -> None:
+        self._table = table
+        self._volumes = volumes
+        self._handles = handles
+        self._staging = staging
+        self._log = log
+        self._cache: OrderedDict[tuple[int, int, int], Whole | bytes] = OrderedDict()
+        self._cache_bytes = 0
+        self._cache_lock = threading.Lock()
+
+    def record(self, inode: int) -> Record:
+        """Return the record of *inode*, also while it rests after its image was unlinked.
+
+        Raises:
+            Stale: the slot belongs to another image by now, or to none.
+        """
+        record = self._table.whole_record(slot_of(inode))
+        if not record.flags & Flag.KIND or record.generation != inode >> 32:
+            raise Stale(f"inode {inode:#x} is gone")
+        return record
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def open(self, inode: int, *, nowait: bool = False) -> None:
+        """Verify the image *inode* as far as that is done before anything of it is served.
+
+        Raises:
+            Stale: it is gone.
+            IsADirectory: it is no image.
+            Damaged: its bytes are not those that were written.
+            WouldBlock: *nowait* is set and the disk is needed.
+        """
+        while True:
+            record = self.record(inode)
+            if record.kind == Kind.DIRECTORY:
+                raise IsADirectory("a directory has no bytes to read")
+            if record.flags & (Flag.STAGED | Flag.UNBORN):
+                return
+            try:
+                self.whole(inode, record, nowait=nowait, fresh=True)
+                return
+            except Damaged:
+                if self.record(inode)[:7] == record[:7]:
+                    raise
+
+    def whole(self, inode: int, record: Record, *, nowait: bool = False, fresh: bool = False) -> Whole:
+        """Return the needle of *inode*, its header verified, and its data too if that is at most 4 MiB.
+
+        *fresh*: read it from the volume even if an earlier read is still in memory.
+        """
+        key = (record.volume, record.offset8, -1)
+        if not fresh:
+            cached = self._cached(key)
+            if isinstance(cached, Whole):
+                return cached
+        volume = self._volumes.get(record.volume).volume
+        offset = record.offset8 * ALIGNMENT
+        small = record.size <= VERIFIED_AT_OPEN
+        wanted = NEEDLE_HEADER_BYTES_MAX + (record.size + footer_bytes(record.size) if small else 0)
+        data = volume.read(offset, wanted, nowait=nowait)
+        needle = volume.unpack(data, offset)
+        where = f"volume {volume.header.volume_id}, offset {offset}, inode {inode:#x}"
+        if needle is None or needle.inode != inode or needle.data_size != record.size or needle.kind != record.kind:
+            raise Damaged(f"{where}: the header of this image is damaged")
+        content = None
+        if small:
+            end = needle.data_start + needle.data_size
+            view = memoryview(data)
+            content = view[needle.data_start : end]
+            sums = unpack_footer(view[end:], needle.data_size, needle.checksum)
+            if sums is None or checksums(content) != sums:
+                raise Damaged(f"{where}: the data of this image is damaged")
+        else:
+            sums = volume.footer_of(needle, offset, nowait=nowait)
+        whole = Whole(needle, offset, sums, content)
+        self._keep(key, whole, len(content or b"") + 1024)
+        return whole
+
+    def read(self, handle: int, offset: int, size: int, *, nowait: bool = False) -> bytes | memoryview:
+        """Return up to *size* bytes at *offset* of an open image.
+
+        Raises:
+            BadHandle: *handle* is not open.
+            Damaged: the MiB that holds them is not what was written.
+            WouldBlock: *nowait* is set and the disk is needed.
+        """
+        inode, _ = self._handles.get(handle)
+        while True:
+            record = self.record(inode)
+            if record.flags & (Flag.STAGED | Flag.UNBORN):
+                number = self._staging.find(inode)
+                if number >= 0:
+                    staged = self._staging.read(number, offset, size, nowait=nowait)
+                    if self._staging.entry(number).inode == inode:  # else the entry was ended, and begun for another
+                        return staged
+                elif self.record(inode) == record:
+                    raise Stale(f"inode {inode:#x} was never closed, and is gone")
+                continue
+            try:
+                data = self._read_needle(inode, record, offset, min(size, max(0, record.size - offset)), nowait=nowait)
+            except Damaged:
+                if self.record(inode)[:7] == record[:7]:
+                    raise
+                continue
+            if self.record(inode)[:7] == record[:7]:
+                return data
+
+    def _read_needle(self, inode: int, record: Record, offset: int, size: int, *, nowait: bool) -> bytes | memoryview:
+        if not size:
+            return b""
+        whole = self.whole(inode, record, nowait=nowait)
+        if whole.data is not None:
+            return whole.data[offset : offset + size]
+        parts = []
+        for index in range(offset // CHUNK_BYTES, (offset + size - 1) // CHUNK_BYTES + 1):
+            chunk = self._chunk(record, whole, index, nowait=nowait)
+            start = max(0, offset - index * CHUNK_BYTES)
+            parts.append(chunk[start : offset + size - index * CHUNK_BYTES])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _chunk(self, record: Record, whole: Whole, index: int, *, nowait: bool) -> bytes:
+        """Return the MiB number *index* of a large image, verified."""
+        key = (record.volume, record.offset8, index)
+        cached = self._cached(key)
+        if isinstance(cached, bytes):
+            return cached
+        volume = self._volumes.get(record.volume).volume
+        at = index * CHUNK_BYTES
+        size = min(CHUNK_BYTES, record.size - at)
+        data = volume.read(whole.offset + whole.needle.data_start + at, size, nowait=nowait)
+        if checksums(data).data != whole.sums.chunks[index]:
+            volume_id = volume.header.volume_id
+            raise Damaged(f"volume {volume_id}, offset {whole.offset}: bytes {at} to {at + size} are damaged")
+        self._keep(key, data, len(data))
+        return data
+
+    def _cached(self, key: tuple[int, int, int]) -> Whole | bytes | None:
+        with self._cache_lock:
+            value = self._cache.get(key)
+            if value is not None:
+                self._cache.move_to_end(key)
+            return value
+
+    def _keep(self, key: tuple[int, int, int], value: Whole | bytes, size: int) -> None:
+        with self._cache_lock:
+            old = self._cache.pop(key, None)
+            if old is not None:
+                self._cache_bytes -= _size_of(old)
+            self._cache[key] = value
+            self._cache_bytes += size
+            while self._cache_bytes > _CACHE_BYTES:
+                _, dropped = self._cache.popitem(last=False)
+                self._cache_bytes -= _size_of(dropped)
+
+    # -- writing ----------------------------------------------------------------------------------------------
+
+    def writer(self) -> Log:
+        """Return the log.
+
+        Raises:
+            ReadOnly: the store was opened for reading.
+        """
+        if self._log is None:
+            raise ReadOnly("this store was opened read-only")
+        return self._log
+
+    def writing_inode(self, handle: int) -> int:
+        """Return the inode of a handle that may write; BadHandle for any other."""
+        inode, flags = self._handles.get(handle)
+        if not flags & WRITE:
+            raise BadHandle("this handle was not opened for writing")
+        return inode
+
+    def stage(self, inode: int, *, empty: bool = False) -> int:
+        """Within the lock: return the staging entry of *inode*; a new one starts with the image's bytes, or *empty*."""
+        number = self._staging.find(inode)
+        if number >= 0:
+            return number
+        record = self.record(inode)
+        now = self.writer().now_ns()
+        size = 0 if empty else record.size
+        self.writer().check_room(size)
+        entry = Staged(inode, 0, record.owner, size, record.mtime_ns, now)
+        number = self._staging.begin(entry)
+        try:
+            at = 0
+            for piece in self._pieces(inode, record) if size else ():
+                self._staging.write(number, at, piece)
+                at += len(piece)
+        except BaseException:
+            self._staging.end(number)
+            raise
+        self._set_staged(inode, on=True)
+        return number
+
+    def _pieces(self, inode: int, record: Record) -> Iterator[bytes]:
+        whole = self.whole(inode, record)
+        return self._volumes.get(record.volume).volume.pieces(whole.needle, whole.offset)
+
+    def _set_staged(self, inode: int, *, on: bool) -> None:
+        slot = slot_of(inode)
+        flags = self._table.record(slot).flags
+        with self._table.memory.change():
+            self._table.set_flags(slot, flags | Flag.STAGED if on else flags & ~Flag.STAGED)
+
+    def staged(self, inode: int) -> Staged | None:
+        """Return what is staged of *inode*, None if it is not being written."""
+        number = self._staging.find(inode)
+        entry = self._staging.entry(number) if number >= 0 else None
+        return entry if entry is not None and entry.inode == inode else None
+
+    def write(self, handle: int, offset: int, data: Buffer) -> int:
+        """Stage *data* at *offset* of an image open for writing; return its length.
+
+        Raises:
+            BadHandle: the handle cannot write.
+            TooLarge: past 4 GiB - 1.
+            StoreFull: no room; what was staged before stays.
+        """
+        inode = self.writing_inode(handle)
+        end = offset + len(data)
+        if end > IMAGE_BYTES_MAX:
+            raise TooLarge("an image has at most 4 GiB - 1 bytes")
+        log = self.writer()
+        with log.lock():
+            log.check_room(len(data))
+            number = self.stage(inode)
+            try:
+                self._staging.write(number, offset, data)
+            except OSError as error:
+                raise disk_error(error, "staging") from error
+            self._dirty(number, max(self._staging.entry(number).size, end))
+        return len(data)
+
+    def truncate(self, inode: int, size: int) -> None:
+        """Within the lock: cut or extend what is staged of *inode* to *size* bytes. TooLarge, StoreFull as `write`."""
+        if size > IMAGE_BYTES_MAX:
+            raise TooLarge("an image has at most 4 GiB - 1 bytes")
+        number = self.stage(inode, empty=size == 0)
+        old = self._staging.entry(number).size
+        if size > old:
+            self.writer().check_room(size - old)
+        self._staging.truncate(number, size)
+        self._dirty(number, size)
+
+    def _dirty(self, number: int, size: int) -> None:
+        now = self.writer().now_ns()
+        entry = self._staging.entry(number)
+        changed = entry._replace(flags=entry.flags | DIRTY, size=size, mtime_ns=now, ctime_ns=now)
+        self._staging.update(number, changed)
+
+    def set_staged(self, inode: int, *, owner: int | None = None, mtime_ns: int | None = None) -> None:
+        """Within the lock: change what the needle of a dirty image will say."""
+        number = self._staging.find(inode)
+        entry = self._staging.entry(number)
+        self._staging.update(
+            number,
+            entry._replace(
+                owner=entry.owner if owner is None else owner,
+                mtime_ns=entry.mtime_ns if mtime_ns is None else mtime_ns,
+                ctime_ns=self.writer().now_ns(),
+            ),
+        )
+
+    def dirty_bytes(self, inode: int) -> int:
+        """Return how many bytes a flush of *inode* would copy, 0 if it has nothing to do."""
+        entry = self.staged(inode)
+        return entry.size + 1 if entry is not None and entry.dirty else 0
+
+    def commit(self, inode: int) -> None:
+        """Within the lock: if *inode* is dirty, make what is staged the image, in one needle.
+
+        An image that was unlinked meanwhile is left as it is: nobody can find it after a crash.
+
+        Raises:
+            StoreFull, DiskFailure: as `Log.append`; the old image is whole, and what is staged stays.
+        """
+        number = self._staging.find(inode)
+        if number < 0:
+            return
+        entry = self._staging.entry(number)
+        record = self.record(inode)
+        if not entry.dirty or not record.live:
+            return
+        uid, gid, mode = self._table.owner(entry.owner)
+        parent = record.parent - 1
+        unborn = bool(record.flags & Flag.UNBORN)
+        names = self._volumes.get(record.name_volume).names
+        needle = Needle(
+            record.kind,
+            inode,
+            inode_of(parent, self._table.record(parent).generation),
+            entry.name if unborn else names.get(record.name_offset),
+            entry.size,
+            mode,
+            uid,
+            gid,
+            mtime_ns=entry.mtime_ns,
+            ctime_ns=entry.ctime_ns,
+        )
+        if entry.size <= SMALL_BYTES:
+            data = self._staging.read(number, 0, entry.size)
+            if len(data) < entry.size:  # the file is sparse at its end
+                data += bytes(entry.size - len(data))
+            self.writer().append(needle, [data] if data else [])
+        else:
+            self.writer().append(needle, [], large=self._staged_pieces(number, entry.size))
+        self._staging.update(number, entry._replace(flags=entry.flags & ~DIRTY))
+
+    def _staged_pieces(self, number: int, size: int) -> Iterator[bytes]:
+        for at in range(0, size, CHUNK_BYTES):
+            wanted = min(CHUNK_BYTES, size - at)
+            piece = self._staging.read(number, at, wanted)
+            yield piece + bytes(wanted - len(piece))
+
+    def end_staging(self, inode: int) -> None:
+        """Within the lock: forget what is staged of *inode*, once nobody can write to it or, unlinked, read it."""
+        number = self._staging.find(inode)
+        slot = slot_of(inode)
+        live = self._table.record(slot).live
+        if number >= 0 and not (self._handles.writers(inode) if live else self._handles.in_use(slot)):
+            self._set_staged(inode, on=False)
+            self._staging.end(number)
+
+
+def _size_of(value: Whole | bytes) -> int:
+    if isinstance(value, Whole):
+        return len(value.data or b"") + 1024
+    return len(value)

@@ -1,0 +1,174 @@
+"""One shared mapping, changed so that a writer may be killed between any two stores.
+
+Owns the mapping, the sequence counter, the journal of before-images and the writer's lock. Must not know what
+the words mean.
+
+*Concurrency:* one writer at a time, by `lock`, across threads and processes. Readers take no lock: they read the
+counter, read what they want, and read the counter again (`consistent`). It is odd while the table changes. Before
+the writer overwrites a word it saves the old bytes in the journal; whoever takes the lock and finds the counter odd
+puts them back (`_roll_back`). The counter and the journal's length are aligned 64-bit words, stored in one
+instruction; x86 and the interpreter lock keep stores in order.
+"""
+
+import fcntl
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from imgfs.layout import (
+    JOURNAL_AT,
+    JOURNAL_DATA_MAX,
+    JOURNAL_ENTRIES,
+    JOURNAL_ENTRY,
+    LAYOUT_VERSION,
+    MEMORY_BYTES,
+    PAGE,
+    WORDS,
+    WORDS_AT,
+    Word,
+)
+
+T = TypeVar("T")
+
+_U16 = struct.Struct("<H")
+_U32 = struct.Struct("<I")
+_MAP_NORESERVE = 0x4000
+# A reader that finds the counter odd for so long no longer believes that the writer lives.
+_WRITER_PATIENCE_S = 0.05
+
+
+class Memory:
+    """The mapping and its discipline; `descriptor` is what another process needs to map the same."""
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        if descriptor is None:
+            descriptor = os.memfd_create("imgfs-table", os.MFD_CLOEXEC)
+            os.ftruncate(descriptor, MEMORY_BYTES)
+        self.descriptor = descriptor
+        self.map = mmap.mmap(descriptor, MEMORY_BYTES, mmap.MAP_SHARED | _MAP_NORESERVE)
+        # A core dump of a sparse mapping of gigabytes helps nobody.
+        self.map.madvise(mmap.MADV_DONTDUMP)
+        self.words = memoryview(self.map)[WORDS_AT : WORDS_AT + 8 * WORDS].cast("Q")
+        if not self.words[Word.VERSION]:
+            self.words[Word.VERSION] = LAYOUT_VERSION
+        self._thread_lock = threading.RLock()
+        # flock belongs to the open file, so each process opens the memory anew; a descriptor that came by fork
+        # would share its lock with the parent.
+        self._lock_file = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        self._lock_depth = 0
+
+    def close(self) -> None:
+        """Unmap; the memory is gone with its last mapping."""
+        self.words.release()
+        self.map.close()
+        os.close(self._lock_file)
+        os.close(self.descriptor)
+
+    def resident_bytes(self) -> int:
+        """Return how much memory the mapping takes."""
+        return os.fstat(self.descriptor).st_blocks * 512
+
+    # -- writing ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the only writer; a change that a killed writer left half done is undone first."""
+        with self._thread_lock:
+            if not self._lock_depth:
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+            self._lock_depth += 1
+            try:
+                if self.words[Word.COUNTER] & 1 and self._lock_depth == 1:
+                    self._roll_back()
+                yield
+            finally:
+                self._lock_depth -= 1
+                if not self._lock_depth:
+                    fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Within `lock`: make the stores of this block one step for every reader; an exception undoes them."""
+        words = self.words
+        words[Word.JOURNAL] = 0
+        words[Word.COUNTER] += 1
+        try:
+            yield
+        except BaseException:
+            # KeyboardInterrupt too: the next change would forget the before-images of this one.
+            self._roll_back()
+            raise
+        words[Word.COUNTER] += 1
+
+    def put(self, offset: int, data: bytes) -> None:
+        """Within `change`: store *data* at *offset*, its before-image saved."""
+        count = self.words[Word.JOURNAL]
+        end = offset + len(data)
+        if count >= JOURNAL_ENTRIES or len(data) > JOURNAL_DATA_MAX:
+            raise AssertionError(f"{count} journal entries, {len(data)} bytes: more than one change may take")
+        entry = JOURNAL_AT + count * JOURNAL_ENTRY.size
+        JOURNAL_ENTRY.pack_into(self.map, entry, offset, len(data), self.map[offset:end])
+        self.words[Word.JOURNAL] = count + 1
+        self.map[offset:end] = data
+
+    def put_u32(self, offset: int, value: int) -> None:
+        """Within `change`: store a 32-bit *value* at *offset*."""
+        self.put(offset, _U32.pack(value))
+
+    def put_u16(self, offset: int, value: int) -> None:
+        """Within `change`: store a 16-bit *value* at *offset*."""
+        self.put(offset, _U16.pack(value))
+
+    def put_word(self, word: int, value: int) -> None:
+        """Within `change`: store *value* in a 64-bit word."""
+        self.put(WORDS_AT + 8 * word, value.to_bytes(8, "little"))
+
+    def fill(self, offset: int, data: bytes | memoryview) -> None:
+        """Store *data* where nothing points yet; a rolled-back change leaves it behind, unseen."""
+        self.map[offset : offset + len(data)] = data
+
+    def discard(self, offset: int, size: int) -> None:
+        """Give the whole pages within *size* bytes at *offset* back; they read as zeros, and nothing may need them."""
+        start = -(-offset // PAGE) * PAGE
+        length = (offset + size) // PAGE * PAGE - start
+        if length > 0:
+            self.map.madvise(mmap.MADV_REMOVE, start, length)
+
+    def _roll_back(self) -> None:
+        """Put every before-image back, last first, and make the counter even."""
+        for index in reversed(range(self.words[Word.JOURNAL])):
+            offset, length, data = JOURNAL_ENTRY.unpack_from(self.map, JOURNAL_AT + index * JOURNAL_ENTRY.size)
+            self.map[offset : offset + length] = data[:length]
+        self.words[Word.COUNTER] += 1
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def consistent(self, read: Callable[[], T]) -> T:
+        """Return what *read* returns when no writer was at work meanwhile; its exceptions count only then, too."""
+        words = self.words
+        while True:
+            before = words[Word.COUNTER]
+            if before & 1:
+                self._await_writer(before)
+                continue
+            try:
+                result = read()
+            except Exception:
+                if words[Word.COUNTER] == before:
+                    raise
+                continue
+            if words[Word.COUNTER] == before:
+                return result
+
+    def _await_writer(self, seen: int) -> None:
+        deadline = time.monotonic() + _WRITER_PATIENCE_S
+        while self.words[Word.COUNTER] == seen:
+            if time.monotonic() > deadline:
+                with self.lock():
+                    return
+            time.sleep(0)

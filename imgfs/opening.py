@@ -1,0 +1,240 @@
+"""Making a store and opening one: the superblock, the lock, recovery, and the log that goes on where it ended.
+
+Owns the files of a store other than volumes and staging. Must not know what the store is then used for.
+"""
+
+import logging
+import os
+from dataclasses import dataclass, replace
+
+from imgfs.disk import Disk
+from imgfs.errors import Busy, Damaged, InvalidArgument, NoStore, disk_error
+from imgfs.format import (
+    Kind,
+    Needle,
+    PreviousEnd,
+    Superblock,
+    hash_seed,
+    inode_of,
+    new_superblock,
+    pack_superblock,
+    unpack_superblock,
+)
+from imgfs.layout import Word
+from imgfs.log import Log
+from imgfs.memory import Memory
+from imgfs.recover import VOLUMES, Recovery, RecoveryReport
+from imgfs.settings import KIB, Settings
+from imgfs.table import Table
+from imgfs.volume import Volume
+from imgfs.volumes import SUFFIX, Volumes
+
+log = logging.getLogger(__name__)
+
+SUPERBLOCK = "imgfs.json"
+LOCK = "lock"
+STAGING = "staging"
+ROOT = 1  # inode of the root directory
+VOLUME_BYTES_MIN = 64 * KIB
+VOLUME_BYTES_MAX = 32 << 30
+
+
+@dataclass
+class Opened:
+    """What `open_parts` hands to the store."""
+
+    superblock: Superblock
+    settings: Settings
+    table: Table
+    volumes: Volumes
+    report: RecoveryReport
+    log: Log | None
+    lock: int | None
+
+
+def make_store(
+    path: str, settings: Settings | None = None, disk: Disk | None = None, *, uid: int, gid: int, mode: int = 0o755
+) -> None:
+    """Make an empty store in the directory at *path*, whose root belongs to *uid* and *gid*.
+
+    Raises:
+        InvalidArgument: something is there already, or the volume size is out of range.
+        DiskFailure, StoreFull: as the disk says.
+    """
+    settings, disk = settings or Settings(), disk or Disk()
+    if not VOLUME_BYTES_MIN <= settings.volume_bytes_max <= VOLUME_BYTES_MAX:
+        raise InvalidArgument(f"a volume has {VOLUME_BYTES_MIN} to {VOLUME_BYTES_MAX} bytes")
+    try:
+        if not disk.exists(path):
+            disk.mkdir(path)
+            disk.sync_directory(os.path.dirname(os.path.abspath(path)))
+        elif [name for name in disk.names(path) if name != "lost+found"]:
+            raise InvalidArgument(f"{path} is not empty; give a new or an empty directory")
+        for directory in (VOLUMES, STAGING):
+            disk.mkdir(f"{path}/{directory}")
+        disk.sync_directory(path)
+        superblock = new_superblock(settings.volume_bytes_max)
+        table = Table(Memory(), hash_seed(superblock.store_id))
+        writer = Log(disk, f"{path}/{VOLUMES}", superblock, settings, table)
+        try:
+            _begin(writer, uid, gid, mode)
+        finally:
+            writer.close()
+            table.memory.close()
+        # Last: a directory with a superblock is a store.
+        disk.replace_file(f"{path}/{SUPERBLOCK}", pack_superblock(superblock))
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def _begin(writer: Log, uid: int, gid: int, mode: int) -> None:
+    """Make the first volume, with the root directory in it."""
+    with writer.lock():
+        writer.begin_volume()
+        writer.append(Needle(Kind.DIRECTORY, ROOT, ROOT, mode=mode, uid=uid, gid=gid, mtime_ns=writer.now_ns()), [])
+    writer.sync(final=True)
+
+
+def open_parts(path: str, disk: Disk, settings: Settings | None, *, writable: bool) -> Opened:
+    """Open the store at *path*; everything but the staging files is as the volumes say when this returns.
+
+    Raises:
+        NoStore: there is none.
+        NewerFormat: it needs a newer release.
+        Busy: another process writes to it.
+        DiskFailure, StoreFull: as the disk says.
+    """
+    try:
+        if not disk.exists(f"{path}/{VOLUMES}"):
+            raise NoStore(f"there is no store at {path}; make one with: imgfs mkfs {path}")
+        superblock, rebuilt = _superblock(path, disk)
+        if settings is None:
+            settings = Settings(volume_bytes_max=superblock.volume_bytes_max)
+        else:
+            settings = replace(settings, volume_bytes_max=superblock.volume_bytes_max)
+        lock = _take_lock(path, disk) if writable else None
+        memory = Memory()
+        try:
+            opened = _open_locked(path, disk, superblock, settings, memory, lock)
+        except BaseException:
+            if lock is not None:
+                disk.close(lock)
+            raise
+        if rebuilt:
+            opened.report.rebuilt.append(f"{path}/{SUPERBLOCK}")
+            if writable:
+                disk.replace_file(f"{path}/{SUPERBLOCK}", pack_superblock(superblock))
+        return opened
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def _open_locked(
+    path: str, disk: Disk, superblock: Superblock, settings: Settings, memory: Memory, lock: int | None
+) -> Opened:
+    table = Table(memory, hash_seed(superblock.store_id))
+    writable = lock is not None
+    recovery = Recovery(
+        disk, path, table, writable=writable, live_writer=not writable and owner(path, disk) is not None
+    )
+    recovery.run()
+    writer = None
+    if writable:
+        writer = Log(disk, f"{path}/{VOLUMES}", superblock, settings, table)
+        _resume(writer, recovery, table)
+    return Opened(superblock, settings, table, recovery.volumes, recovery.report, writer, lock)
+
+
+def _resume(writer: Log, recovery: Recovery, table: Table) -> None:
+    """Go on writing where recovery found the end, and write down what only recovery knows."""
+    tail = recovery.tail
+    with writer.lock():
+        if tail is not None:
+            writer.make_durable(tail.path)
+        if tail is None or tail.sealed:
+            writer.begin_volume()
+        elif tail.torn_bytes:
+            volume_id = table.volume(tail.entry).volume_id
+            with table.memory.change():
+                table.set_volume(tail.entry, table.volume(tail.entry)._replace(end=tail.state.end))
+            writer.begin_volume(PreviousEnd(volume_id, tail.torn_bytes, tail.state))
+        else:
+            writer.resume(
+                tail.path,
+                tail.entry,
+                tail.state,
+                table.memory.words[Word.NEXT_SEQUENCE],
+                checkpointed=tail.checkpointed,
+            )
+        if not table.is_directory(0):
+            # Every needle of the root was damaged, or there is no volume left: the rest hangs from a new one.
+            needle = Needle(Kind.DIRECTORY, ROOT, ROOT, mode=0o755, mtime_ns=writer.now_ns())
+            writer.append(needle, [])
+        for index in range(table.memory.words[Word.OWNERS]):
+            if table.owner_volume(index) < 0:
+                writer.define_owner(*table.owner(index))
+        _adopt(writer, recovery.orphans, table)
+
+
+def _adopt(writer: Log, orphans: list[int], table: Table) -> None:
+    """Give every directory that was lost with its needle a name under the root, and its entries back."""
+    for slot in orphans:
+        record = table.record(slot)
+        if not record.live:
+            continue
+        parent = record.parent - 1
+        if not table.is_directory(parent):
+            inode = inode_of(parent, table.record(parent).generation)
+            name = f"lost+found-{inode}".encode()
+            writer.append(Needle(Kind.DIRECTORY, inode, ROOT, name, mode=0o755, mtime_ns=writer.now_ns()), [])
+            log.warning("the directory with inode %d was damaged: its entries are in /%s", inode, name.decode())
+        with table.memory.change():
+            table.adopt(slot)
+
+
+def _superblock(path: str, disk: Disk) -> tuple[Superblock, bool]:
+    """Return the superblock, and whether it had to be made again from a volume's header."""
+    if disk.exists(f"{path}/{SUPERBLOCK}"):
+        file = disk.open(f"{path}/{SUPERBLOCK}")
+        try:
+            return unpack_superblock(disk.read(file, 0, disk.size(file))), False
+        except Damaged as error:
+            log.warning("%s: %s", path, error)
+        finally:
+            disk.close(file)
+    for name in disk.names(f"{path}/{VOLUMES}"):
+        if not name.endswith(SUFFIX):
+            continue
+        try:
+            volume = Volume.open(disk, f"{path}/{VOLUMES}/{name}")
+        except Damaged:
+            continue
+        volume.close()
+        return Superblock(volume.header.store_id, volume.header.volume_bytes_max), True
+    raise NoStore(f"{path} has neither a whole {SUPERBLOCK} nor a volume; make a store with: imgfs mkfs {path}")
+
+
+def _take_lock(path: str, disk: Disk) -> int:
+    if not disk.exists(f"{path}/{STAGING}"):
+        disk.mkdir(f"{path}/{STAGING}")
+    lock = disk.lock(f"{path}/{LOCK}")
+    if lock is None:
+        raise Busy(f"{path} is in use by process {owner(path, disk) or '?'}; stop it first, or work through its mount")
+    disk.truncate(lock, 0)
+    disk.write(lock, 0, [f"{os.getpid()}\n".encode()])
+    return lock
+
+
+def owner(path: str, disk: Disk | None = None) -> int | None:
+    """Return the pid of the process that has the store at *path* open for writing; 0: unknown, None: none has."""
+    disk = disk or Disk()
+    if not disk.exists(f"{path}/{LOCK}"):
+        return None
+    file = disk.open(f"{path}/{LOCK}")
+    try:
+        if not disk.is_locked(file):
+            return None
+        text = disk.read(file, 0, 20).strip()
+        return int(text) if text.isdigit() else 0
+    finally:
+        disk.close(file)

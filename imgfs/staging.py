@@ -1,0 +1,135 @@
+"""Images that are being written: their bytes in files under staging/, their state in shared memory.
+
+Owns the staging files and entries. Must not know needles: the store turns an entry into one when it is flushed.
+
+*Concurrency:* entries are made, changed and ended by the holder of the table's lock. Any worker may write to the
+file of an entry by its number.
+"""
+
+import threading
+from typing import NamedTuple
+
+import numpy as np
+
+from imgfs.disk import Buffer, Disk
+from imgfs.errors import TooManyOpen
+from imgfs.layout import STAGED, STAGED_AT, STAGED_BYTES, STAGED_MAX, Word
+from imgfs.memory import Memory
+
+DIRTY = 1  # flag: differs from what the volumes hold
+
+
+class Staged(NamedTuple):
+    """An entry, unpacked: what the image will be once it is flushed."""
+
+    inode: int
+    flags: int
+    owner: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    name_length: int = 0
+    name_field: bytes = b""
+
+    @property
+    def name(self) -> bytes:
+        """The name of an image that no needle has named yet."""
+        return self.name_field[: self.name_length]
+
+    @property
+    def dirty(self) -> bool:
+        return bool(self.flags & DIRTY)
+
+
+class Staging:
+    """The entries, found by inode, and their files."""
+
+    def __init__(self, disk: Disk, directory: str, memory: Memory) -> None:
+        self._disk = disk
+        self._directory = directory
+        self._memory = memory
+        self._numbers: dict[int, int] = {}  # inode -> entry, a cache: the entry itself decides
+        self._files: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            self._disk.close(file)
+        self._files.clear()
+
+    def clear(self) -> None:
+        """Remove what a daemon that died left behind: it was never closed."""
+        for name in self._disk.names(self._directory):
+            self._disk.unlink(f"{self._directory}/{name}")
+
+    def find(self, inode: int) -> int:
+        """Return the number of the entry of *inode*, -1 if it is not being written."""
+        number = self._numbers.get(inode, -1)
+        if number >= 0 and self.entry(number).inode == inode:
+            return number
+        used = self._memory.words[Word.STAGED]
+        inodes = np.ndarray((used,), "<u8", self._memory.map, STAGED_AT, (STAGED_BYTES,))
+        found = np.flatnonzero(inodes == inode)
+        if not len(found):
+            self._numbers.pop(inode, None)
+            return -1
+        self._numbers[inode] = int(found[0])
+        return int(found[0])
+
+    def entry(self, number: int) -> Staged:
+        """Return entry *number*."""
+        return Staged._make(STAGED.unpack_from(self._memory.map, STAGED_AT + STAGED_BYTES * number))
+
+    def update(self, number: int, entry: Staged) -> None:
+        """Overwrite entry *number*; the inode, stored last, makes a new one visible."""
+        at = STAGED_AT + STAGED_BYTES * number
+        data = STAGED.pack(*entry)
+        self._memory.map[at + 8 : at + len(data)] = data[8:]
+        self._memory.map[at : at + 8] = data[:8]
+
+    def begin(self, entry: Staged) -> int:
+        """Make *entry* with an empty file; return its number.
+
+        Raises:
+            TooManyOpen: so many images are being written that no entry is left.
+        """
+        used = self._memory.words[Word.STAGED]
+        inodes = np.ndarray((used,), "<u8", self._memory.map, STAGED_AT, (STAGED_BYTES,))
+        free = np.flatnonzero(inodes == 0)
+        number = int(free[0]) if len(free) else used
+        if number >= STAGED_MAX:
+            raise TooManyOpen(f"{STAGED_MAX} images are being written; close some")
+        self._disk.truncate(self.file(number), 0)
+        if number == used:
+            self._memory.words[Word.STAGED] = used + 1
+        self.update(number, entry)
+        self._numbers[entry.inode] = number
+        return number
+
+    def end(self, number: int) -> None:
+        """Forget entry *number* and free its bytes."""
+        self._numbers.pop(self.entry(number).inode, None)
+        self.update(number, Staged(0, 0, 0, 0, 0, 0))
+        self._disk.truncate(self.file(number), 0)
+
+    def file(self, number: int) -> int:
+        """Return a descriptor of the file of entry *number*, which any worker can open by that number."""
+        with self._lock:
+            file = self._files.get(number)
+            if file is None:
+                path = f"{self._directory}/{number:04d}"
+                file = self._files[number] = self._disk.open(path, writable=True, create=True)
+            return file
+
+    def read(self, number: int, offset: int, size: int, *, nowait: bool = False) -> bytes:
+        """Return up to *size* bytes at *offset* of what was written; WouldBlock as Disk.read."""
+        size = max(0, min(size, self.entry(number).size - offset))
+        return self._disk.read(self.file(number), offset, size, nowait=nowait) if size else b""
+
+    def write(self, number: int, offset: int, data: Buffer) -> None:
+        """Write *data* at *offset*; the caller updates the entry."""
+        self._disk.write(self.file(number), offset, [data])
+
+    def truncate(self, number: int, size: int) -> None:
+        """Cut or extend the file; the caller updates the entry."""
+        self._disk.truncate(self.file(number), size)

@@ -1,0 +1,212 @@
+"""A store: a tree of images on disk, opened and closed, its images read and written through handles.
+
+Owns the life of a store in this process, and what open images mean. Synchronous; knows nothing of FUSE, and can be
+used as a library. Names are looked up in view.py and changed in tree.py.
+
+*Concurrency:* see view.py and tree.py. Handles and what is staged lie in shared memory and files, not here.
+"""
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from imgfs.check import Checked, check_volumes
+from imgfs.disk import Buffer, Disk
+from imgfs.errors import IsADirectory
+from imgfs.format import Kind, seconds, slot_of
+from imgfs.handles import WRITE
+from imgfs.layout import Flag
+from imgfs.opening import ROOT, make_store, open_parts
+from imgfs.recover import Damage
+from imgfs.settings import Settings
+from imgfs.staging import DIRTY, Staged
+from imgfs.table import Record
+from imgfs.tree import Tree
+from imgfs.view import Attr, Counts, Entry, Location, Space
+
+__all__ = ["ROOT", "Attr", "Counts", "Entry", "Location", "Space", "Store", "make_store"]
+
+
+class Store(Tree):
+    """An open store; make one with `Store.open`."""
+
+    def __init__(self, path: str, disk: Disk, settings: Settings | None, *, writable: bool) -> None:
+        parts = open_parts(path, disk, settings, writable=writable)
+        super().__init__(path, disk, parts)
+        self._log = parts.log
+        self._lock_file = parts.lock
+        if writable:
+            self._staging.clear()
+        self._volumes.prefetch_names()
+
+    @classmethod
+    def open(
+        cls, path: str, *, writable: bool = True, disk: Disk | None = None, settings: Settings | None = None
+    ) -> Self:
+        """Open the store at *path*; `report` tells what recovery found.
+
+        Raises:
+            NoStore, NewerFormat, Busy, DiskFailure, StoreFull: as `opening.open_parts`.
+        """
+        return cls(path, disk or Disk(), settings, writable=writable)
+
+    def close(self) -> None:
+        """Make everything durable that was closed, write a checkpoint, and let go of the store."""
+        try:
+            if self._log is not None:
+                self._log.sync(final=True)
+        finally:
+            if self._log is not None:
+                self._log.close()
+            self._volumes.close()
+            self._staging.close()
+            self._handles.close()
+            self._memory.close()
+            if self._lock_file is not None:
+                self._disk.close(self._lock_file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def check(self) -> Iterator[Checked | Damage]:
+        """Read everything and verify every checksum: yield what is damaged, and how far the check is.
+
+        Nobody else may change the store meanwhile, unless it was opened for reading.
+        """
+        return check_volumes(self._table, self._volumes)
+
+    # -- open images ------------------------------------------------------------------------------------------
+
+    def open_image(self, inode: int, *, write: bool = False, truncate: bool = False, nowait: bool = False) -> int:
+        """Return a handle on the image *inode*; at most 4 MiB are verified before it returns.
+
+        Raises:
+            Damaged: its bytes are not those that were written.
+            Stale, IsADirectory, TooManyOpen, ReadOnly: as the names say.
+            WouldBlock: *nowait* is set and the disk is needed.
+        """
+        if write:
+            self._images.writer()
+        if not truncate:
+            self._images.open(inode, nowait=nowait)
+        handle = self._handles.open(inode, WRITE if write else 0)
+        try:
+            # Whoever reuses slots looks at handles after it changed the record: one of the two sees the other.
+            if self._images.record(inode).kind == Kind.DIRECTORY:
+                raise IsADirectory("a directory has no bytes to read")
+            if truncate:
+                self._locked(lambda _: self._images.truncate(inode, 0))
+        except BaseException:
+            self._handles.release(handle)
+            raise
+        return handle
+
+    def create_image(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> tuple[int, int]:
+        """Make an empty image; return (inode, handle) to write it. It has its name at once, and a needle when flushed.
+
+        Raises:
+            Exists, NotFound, NotADirectory, NameTooLong, StoreFull, TooManyOpen: as the names say.
+        """
+
+        def change(now_ns: int) -> tuple[int, int]:
+            self._free_name(parent, name)
+            self._images.writer().check_room(0)
+            inode = self._new_inode()
+            slot = slot_of(inode)
+            owner = self._owner_index(uid, gid, mode)
+            staged = Staged(inode, DIRTY, owner, 0, now_ns, now_ns, len(name), name)
+            number = self._staging.begin(staged)
+            flags = Kind.FILE | Flag.STAGED | Flag.UNBORN
+            value = self._table.hash(name) | inode >> 32 << 24
+            record = Record(flags, 0, 0, slot_of(parent) + 1, 0, 0, 0, now_ns, seconds(now_ns), owner, value)
+            try:
+                handle = self._handles.open(inode, WRITE)
+                with self._memory.change():
+                    self._table.add_unborn(slot, record, now_ns)
+            except BaseException:
+                self._staging.end(number)
+                raise
+            return inode, handle
+
+        return self._locked(change)
+
+    def read(self, handle: int, offset: int, size: int, *, nowait: bool = False) -> bytes | memoryview:
+        """Return up to *size* bytes at *offset*. BadHandle, Damaged, WouldBlock."""
+        return self._images.read(handle, offset, size, nowait=nowait)
+
+    def write(self, handle: int, offset: int, data: Buffer) -> int:
+        """Write *data* at *offset* and return its length; readers see it, a crash forgets it until it is flushed.
+
+        BadHandle, TooLarge, StoreFull.
+        """
+        return self._images.write(handle, offset, data)
+
+    def truncate(self, inode: int, size: int) -> None:
+        """Cut or extend the image *inode*; unless it is open for writing, it is flushed at once. As `write`; Stale."""
+
+        def change(_: int) -> None:
+            if self._images.record(inode).kind != Kind.FILE:
+                raise IsADirectory("only an image has bytes to cut")
+            self._images.truncate(inode, size)
+            if not self._handles.writers(inode):
+                try:
+                    self._images.commit(inode)
+                finally:
+                    self._images.end_staging(inode)
+
+        self._locked(change)
+
+    def flush(self, handle: int) -> None:
+        """Make what was written the image: the commit point of close(2).
+
+        Raises:
+            StoreFull, DiskFailure: the old image is whole.
+        """
+        inode, flags = self._handles.get(handle)
+        if flags & WRITE and self._images.dirty_bytes(inode):
+            self._locked(lambda _: self._images.commit(inode))
+
+    def flush_bytes(self, handle: int) -> int:
+        """Return how many bytes `flush` would copy, 0 if it has nothing to do."""
+        inode, flags = self._handles.get(handle)
+        return self._images.dirty_bytes(inode) if flags & WRITE else 0
+
+    def stage_bytes(self, handle: int) -> int:
+        """Return how many bytes the next `write` would copy first: those of an image that is not being written yet."""
+        inode, _ = self._handles.get(handle)
+        return 0 if self._images.staged(inode) is not None else self._images.record(inode).size
+
+    def fsync(self, handle: int) -> None:
+        """`flush`, and make it durable."""
+        self.flush(handle)
+        if self._log is not None:
+            self.sync()
+
+    def release(self, handle: int) -> None:
+        """Close *handle*; what was written since the last flush is flushed, or lost if the disk is full. BadHandle."""
+        inode, flags = self._handles.get(handle)
+        if not flags & WRITE:
+            self._handles.release(handle)
+            return
+
+        def change(now_ns: int) -> None:
+            try:
+                self._images.commit(inode)
+            finally:
+                self._handles.release(handle)
+                record = self._images.record(inode)
+                if record.flags & Flag.UNBORN and record.live and not self._handles.writers(inode):
+                    with self._memory.change():
+                        self._table.delete_unborn(slot_of(inode), now_ns)
+                self._images.end_staging(inode)
+
+        self._locked(change)
+
+    def handle_inode(self, handle: int) -> int:
+        """Return the inode that *handle* is open on. BadHandle."""
+        return self._handles.get(handle)[0]

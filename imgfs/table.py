@@ -1,0 +1,452 @@
+"""What every image is and where it lies: one 39-byte record per image, directory and link, in shared memory.
+
+Owns records, slots, generations, owners and the counts. Must not know the disk: a needle is applied to the table
+after it was appended, and applying the same needles in the same order gives the same table.
+
+*Concurrency:* see memory.py. Methods under "changing" run within `Memory.change`, those under "reading" within
+`Memory.consistent`; for a single record there is `whole_record`.
+"""
+
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+from imgfs.buckets import Buckets, record_at
+from imgfs.errors import Damaged, StoreLimit
+from imgfs.format import ALIGNMENT, Kind, Needle, Tag, inode_of, name_hash, seconds, slot_of
+from imgfs.layout import (
+    AT_FLAGS,
+    AT_MTIME,
+    AT_OWNER,
+    AT_SUBDIRECTORIES,
+    LINK_BYTES,
+    LINKS_AT,
+    OWNER,
+    OWNERS_AT,
+    OWNERS_MAX,
+    RECORD,
+    RECORD_BYTES,
+    SLOTS_MAX,
+    SUBDIRECTORIES_MANY,
+    VOLUME,
+    VOLUMES_AT,
+    VOLUMES_MAX,
+    Flag,
+    Word,
+)
+from imgfs.memory import Memory
+
+_U16 = struct.Struct("<H")
+_U32 = struct.Struct("<I")
+_TIMES = struct.Struct("<qI")  # mtime and ctime, next to each other in a record
+_KIND = int(Flag.KIND)
+# A freed slot that a handle still needs goes to the end of the queue; after so many a new slot is taken.
+_ROTATIONS_MAX = 16
+_COUNTS = {
+    Kind.FILE: Word.FILES,
+    Kind.SPECIAL: Word.FILES,
+    Kind.DIRECTORY: Word.DIRECTORIES,
+    Kind.SYMLINK: Word.SYMLINKS,
+}
+
+
+class Record(NamedTuple):
+    """A record, unpacked; the fields as layout.RECORD has them."""
+
+    flags: int
+    volume: int
+    name_volume: int
+    parent: int  # slot + 1
+    name_offset: int
+    offset8: int
+    size: int
+    mtime_ns: int
+    ctime_s: int
+    owner: int
+    hash_generation: int
+
+    @property
+    def kind(self) -> int:
+        return self.flags & _KIND
+
+    @property
+    def live(self) -> bool:
+        """Whether it has a name; the record of an unlinked image rests until its slot is needed."""
+        return self.flags & _KIND != 0 and not self.flags & Flag.DEAD
+
+    @property
+    def generation(self) -> int:
+        return self.hash_generation >> 24
+
+
+class Place(NamedTuple):
+    """Where a needle came to lie: entries of the volume table, bytes from the start of its files."""
+
+    volume: int
+    offset: int
+    name_offset: int
+
+
+class VolumeEntry(NamedTuple):
+    """A row of the volume table."""
+
+    volume_id: int
+    end: int
+    first_sequence: int
+    flags: int
+
+
+class Table:
+    """The records and what belongs to them, on a `Memory` that other processes may share."""
+
+    def __init__(self, memory: Memory, seed: int) -> None:
+        """*seed* is the store's, for the hashes of names."""
+        self.memory = memory
+        self.buckets = Buckets(memory)
+        self._map = memory.map
+        self._seed = seed
+        self._owners: dict[tuple[int, int, int], int] = {}
+        # While volumes are replayed, slots fall free in an order that no longer matters; see rebuild_free_queue.
+        self.replaying = False
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def record(self, slot: int) -> Record:
+        """Return the record of *slot*; all zeros for one never used."""
+        if not 0 <= slot < SLOTS_MAX:
+            return Record._make(RECORD.unpack(bytes(RECORD_BYTES)))
+        return Record._make(RECORD.unpack_from(self._map, record_at(slot)))
+
+    def whole_record(self, slot: int) -> Record:
+        """Return the record of *slot* as it was before or after a change; outside of any.
+
+        No processor stores 39 bytes at once: another process that reads them meanwhile gets a mixture.
+        """
+        words = self.memory.words
+        before = words[Word.COUNTER]
+        record = self.record(slot)
+        if before & 1 or words[Word.COUNTER] != before:
+            return self.memory.consistent(lambda: self.record(slot))
+        return record
+
+    def hash(self, name: bytes) -> int:
+        """Return the 24-bit hash under which *name* is found."""
+        return name_hash(name, self._seed)
+
+    def subdirectories(self, slot: int) -> int:
+        """Return how many directories lie in the directory *slot*; SUBDIRECTORIES_MANY for that many or more."""
+        value: int = _U16.unpack_from(self._map, record_at(slot) + AT_SUBDIRECTORIES)[0]
+        return value
+
+    def owner(self, index: int) -> tuple[int, int, int]:
+        """Return (uid, gid, permission bits) of owner *index*."""
+        uid, gid, mode, _ = OWNER.unpack_from(self._map, OWNERS_AT + OWNER.size * index)
+        return uid, gid, mode
+
+    def owner_volume(self, index: int) -> int:
+        """Return the entry of the last volume that holds a needle for owner *index*, -1 for none."""
+        volume: int = OWNER.unpack_from(self._map, OWNERS_AT + OWNER.size * index)[3]
+        return volume - 1
+
+    def owner_index(self, uid: int, gid: int, mode: int) -> int:
+        """Return the index for these three; the next free one if they are new, to be defined by an owner needle.
+
+        Raises:
+            StoreLimit: all 65,536 combinations are in use.
+        """
+        key = (uid, gid, mode)
+        count = self.memory.words[Word.OWNERS]
+        for index in range(len(self._owners), count):
+            self._owners.setdefault(self.owner(index), index)
+        index = self._owners.get(key, count)
+        if index >= OWNERS_MAX:
+            raise StoreLimit(f"more than {OWNERS_MAX} combinations of user, group and mode in one store")
+        return index
+
+    def volume(self, entry: int) -> VolumeEntry:
+        """Return row *entry* of the volume table."""
+        return VolumeEntry._make(VOLUME.unpack_from(self._map, VOLUMES_AT + VOLUME.size * entry))
+
+    # -- slots ------------------------------------------------------------------------------------------------
+
+    def next_slot(self, rest: int, in_use: Callable[[int], bool]) -> tuple[int, int]:
+        """Return (slot, generation) for a new image: the freed slot that rested longest, or one never used.
+
+        A freed slot is left alone until *rest* others wait behind it, and while *in_use* says a handle needs it.
+        Takes nothing yet: `apply` does. Within `Memory.lock`, outside of `change`.
+
+        Raises:
+            StoreLimit: the table is full.
+        """
+        words = self.memory.words
+        for _ in range(_ROTATIONS_MAX):
+            if words[Word.FREE_COUNT] <= rest:
+                break
+            slot = words[Word.FREE_HEAD] - 1
+            if not in_use(slot):
+                record = self.record(slot)
+                return slot, (record.generation + 1) & 0xFF if record.flags else 0
+            with self.memory.change():
+                self._take_free(slot)
+                self._push_free(slot)
+        slot = words[Word.SLOTS]
+        if slot >= SLOTS_MAX:
+            raise StoreLimit(f"a store holds at most {SLOTS_MAX} images")
+        return slot, 0
+
+    def _take(self, slot: int) -> None:
+        """Mark *slot* as used: it waits in the free queue, or was never used."""
+        words = self.memory.words
+        if slot >= words[Word.SLOTS]:
+            self.memory.put_word(Word.SLOTS, slot + 1)
+        elif not self.replaying:
+            self._take_free(slot)
+
+    def _next_free(self, slot: int) -> int:
+        following: int = _U32.unpack_from(self._map, LINKS_AT + LINK_BYTES * slot)[0]
+        return following
+
+    def _take_free(self, slot: int) -> None:
+        """Take *slot* out of the free queue; it is its head, but where a lost directory comes back."""
+        words = self.memory.words
+        previous, reference = 0, words[Word.FREE_HEAD]
+        while reference and reference != slot + 1:
+            previous, reference = reference, self._next_free(reference - 1)
+        if not reference:
+            return
+        following = self._next_free(slot)
+        if previous:
+            self.memory.put_u32(LINKS_AT + LINK_BYTES * (previous - 1), following)
+        else:
+            self.memory.put_word(Word.FREE_HEAD, following)
+        if not following:
+            self.memory.put_word(Word.FREE_TAIL, previous)
+        self.memory.put_word(Word.FREE_COUNT, words[Word.FREE_COUNT] - 1)
+
+    def _push_free(self, slot: int) -> None:
+        words = self.memory.words
+        self.memory.put_u32(LINKS_AT + LINK_BYTES * slot, 0)
+        tail = words[Word.FREE_TAIL]
+        if tail:
+            self.memory.put_u32(LINKS_AT + LINK_BYTES * (tail - 1), slot + 1)
+        else:
+            self.memory.put_word(Word.FREE_HEAD, slot + 1)
+        self.memory.put_word(Word.FREE_TAIL, slot + 1)
+        self.memory.put_word(Word.FREE_COUNT, words[Word.FREE_COUNT] + 1)
+
+    # -- changing ---------------------------------------------------------------------------------------------
+
+    def apply(self, needle: Needle, place: Place) -> None:
+        """Do to the table what *needle*, which lies at *place*, says.
+
+        Raises:
+            Damaged: the needle contradicts the table, as only a damaged volume can make it.
+        """
+        match needle.kind:
+            case Kind.FILE | Kind.DIRECTORY | Kind.SYMLINK | Kind.SPECIAL:
+                self._put(needle, place)
+            case Kind.DELETE:
+                self._delete(needle.inode, needle.ctime_ns)
+            case Kind.RENAME:
+                self._rename(needle, place)
+            case Kind.ATTRIBUTES:
+                self._set_attributes(needle)
+            case Kind.OWNER:
+                self.define_owner(needle.owner, needle.uid, needle.gid, needle.mode, place.volume)
+
+    def _put(self, needle: Needle, place: Place, *, orphan: bool = False) -> None:
+        slot, generation = slot_of(needle.inode), needle.inode >> 32
+        parent = slot_of(needle.parent)
+        old = self.record(slot)
+        value = self.hash(needle.name)
+        known = old.live and old.generation == generation
+        if old.live and not known:
+            self._delete(inode_of(slot, old.generation), needle.ctime_ns)
+        moved = known and (old.parent - 1 != parent or old.hash_generation & 0xFF_FFFF != value)
+        if moved and slot:
+            self._unlink(slot, old)
+        flags = needle.kind | (old.flags & Flag.STAGED if known else 0)
+        volume, offset8, size = place.volume, place.offset // ALIGNMENT, needle.data_size
+        if needle.kind == Kind.DIRECTORY:
+            # Its buckets live in these fields; a directory put again keeps its children.
+            volume, offset8, size = (old.volume, old.offset8, old.size) if known else (0, 0, 0)
+        record = Record(
+            flags,
+            volume,
+            place.volume,
+            parent + 1,
+            place.name_offset,
+            offset8,
+            size,
+            needle.mtime_ns,
+            seconds(needle.ctime_ns),
+            needle.owner,
+            value | generation << 24,
+        )
+        if not known:
+            self._take(slot)
+        self.store(slot, record)
+        if known and old.flags & Flag.STALE_MTIME:
+            self._add_word(Word.STALE_DIRECTORIES, -1)
+        if not known:
+            self.count(needle.kind, 1)
+        if slot and (not known or moved) and not orphan:
+            self._link(slot, record)
+            if not known:
+                self.touch(parent, needle.ctime_ns)
+
+    def add_unborn(self, slot: int, record: Record, now_ns: int) -> None:
+        """Put an image into the table that no needle has named yet; it is gone after a crash, as was promised."""
+        self._take(slot)
+        self.store(slot, record)
+        self.count(record.kind, 1)
+        self._link(slot, record)
+        self.touch(record.parent - 1, now_ns)
+
+    def _delete(self, inode: int, now_ns: int) -> None:
+        slot = slot_of(inode)
+        record = self.record(slot)
+        if not record.live or record.generation != inode >> 32 or not slot:
+            return
+        self._unlink(slot, record)
+        self.touch(record.parent - 1, now_ns)
+        flags = record.flags & ~Flag.STALE_MTIME | Flag.DEAD
+        self.store(slot, record._replace(flags=flags, ctime_s=seconds(now_ns)))
+        if record.flags & Flag.STALE_MTIME:
+            self._add_word(Word.STALE_DIRECTORIES, -1)
+        self.count(record.kind, -1)
+        if not self.replaying:
+            self._push_free(slot)
+
+    def add_orphan(self, needle: Needle, place: Place) -> None:
+        """Put an image into the table whose directory was lost; `adopt` gives it a place."""
+        self._put(needle, place, orphan=True)
+
+    def adopt(self, slot: int) -> None:
+        """Make an orphan a child of the directory its record names, which is there again."""
+        record = self.record(slot)
+        if record.live and slot not in self.buckets.find(record.parent - 1, record.hash_generation & 0xFF_FFFF):
+            self._link(slot, record)
+
+    def delete_unborn(self, slot: int, now_ns: int) -> None:
+        """Take an image that no needle has named out of the table."""
+        self._delete(inode_of(slot, self.record(slot).generation), now_ns)
+
+    def _rename(self, needle: Needle, place: Place) -> None:
+        replaced = needle.extra_u64(Tag.REPLACED)
+        if replaced:
+            self._delete(replaced, needle.ctime_ns)
+        record = self.record(slot_of(needle.inode))
+        if record.live and record.generation == needle.inode >> 32:
+            self.move(slot_of(needle.inode), slot_of(needle.parent), needle.name, place, needle.ctime_ns)
+
+    def move(self, slot: int, parent: int, name: bytes, place: Place, now_ns: int) -> None:
+        """Give *slot* another name, which stands at *place*, in the directory *parent*."""
+        old = self.record(slot)
+        self._unlink(slot, old)
+        record = old._replace(
+            name_volume=place.volume,
+            parent=parent + 1,
+            name_offset=place.name_offset,
+            ctime_s=seconds(now_ns),
+            hash_generation=self.hash(name) | old.generation << 24,
+        )
+        if old.kind == Kind.DIRECTORY:
+            # Unlinking changed the count of a directory that may be this one's own parent, never itself.
+            fresh = self.record(slot)
+            record = record._replace(volume=fresh.volume, offset8=fresh.offset8, size=fresh.size)
+        self.store(slot, record)
+        self._link(slot, record)
+        self.touch(old.parent - 1, now_ns)
+        if parent != old.parent - 1:
+            self.touch(parent, now_ns)
+
+    def _set_attributes(self, needle: Needle) -> None:
+        slot = slot_of(needle.inode)
+        record = self.record(slot)
+        if record.flags & _KIND and record.generation == needle.inode >> 32:
+            self.set_attributes(slot, needle.owner, needle.mtime_ns, needle.ctime_ns)
+
+    def set_attributes(self, slot: int, owner: int, mtime_ns: int, ctime_ns: int) -> None:
+        """Set owner (with mode) and times of *slot*."""
+        at = record_at(slot)
+        self.memory.put(at + AT_MTIME, _TIMES.pack(mtime_ns, seconds(ctime_ns)))
+        self.memory.put_u16(at + AT_OWNER, owner)
+        flags = self._map[at + AT_FLAGS]
+        if flags & Flag.STALE_MTIME:
+            self.memory.put(at + AT_FLAGS, bytes([flags & ~Flag.STALE_MTIME]))
+            self._add_word(Word.STALE_DIRECTORIES, -1)
+
+    def define_owner(self, index: int, uid: int, gid: int, mode: int, volume: int) -> None:
+        """Say what owner *index* means, as of the volume with that entry; -1: no needle says it yet."""
+        self.memory.put(OWNERS_AT + OWNER.size * index, OWNER.pack(uid, gid, mode, volume + 1))
+        if index >= self.memory.words[Word.OWNERS]:
+            self.memory.put_word(Word.OWNERS, index + 1)
+
+    def add_volume(self, entry: VolumeEntry) -> int:
+        """Append a row to the volume table and return its number.
+
+        Raises:
+            StoreLimit: the table has 65,536 rows.
+        """
+        index = self.memory.words[Word.VOLUMES]
+        if index >= VOLUMES_MAX:
+            raise StoreLimit(f"more than {VOLUMES_MAX} volumes in one store; make a store with larger volumes")
+        self.memory.put(VOLUMES_AT + VOLUME.size * index, VOLUME.pack(*entry))
+        self.memory.put_word(Word.VOLUMES, index + 1)
+        return index
+
+    def set_volume(self, index: int, entry: VolumeEntry) -> None:
+        """Overwrite row *index* of the volume table."""
+        self.memory.put(VOLUMES_AT + VOLUME.size * index, VOLUME.pack(*entry))
+
+    def store(self, slot: int, record: Record) -> None:
+        """Overwrite the record of *slot*."""
+        self.memory.put(record_at(slot), RECORD.pack(*record))
+
+    def set_flags(self, slot: int, flags: int) -> None:
+        """Overwrite the flags of *slot*."""
+        self.memory.put(record_at(slot) + AT_FLAGS, bytes([flags]))
+
+    def touch(self, directory: int, now_ns: int) -> None:
+        """Note that the entries of *directory* changed."""
+        if not self.is_directory(directory):
+            return
+        at = record_at(directory)
+        self.memory.put(at + AT_MTIME, _TIMES.pack(now_ns, seconds(now_ns)))
+        flags = self._map[at + AT_FLAGS]
+        if not flags & Flag.STALE_MTIME:
+            self.memory.put(at + AT_FLAGS, bytes([flags | Flag.STALE_MTIME]))
+            self._add_word(Word.STALE_DIRECTORIES, 1)
+
+    def count(self, kind: int, by: int) -> None:
+        """Change the count of images, directories or links."""
+        self._add_word(_COUNTS[Kind(kind)], by)
+
+    def _add_word(self, word: Word, by: int) -> None:
+        self.memory.put_word(word, self.memory.words[word] + by)
+
+    def _link(self, slot: int, record: Record) -> None:
+        parent = record.parent - 1
+        if not self.is_directory(parent):
+            raise Damaged(f"inode {inode_of(slot, record.generation)} lies in slot {parent}, which is no directory")
+        self.buckets.add(parent, slot)
+        if record.kind == Kind.DIRECTORY:
+            self._count_subdirectory(parent, 1)
+
+    def is_directory(self, slot: int) -> bool:
+        """Return whether *slot* is a directory that is not removed."""
+        record = self.record(slot)
+        return record.live and record.kind == Kind.DIRECTORY
+
+    def _unlink(self, slot: int, record: Record) -> None:
+        if not self.is_directory(record.parent - 1):
+            return  # an orphan: its directory was lost with a damaged needle
+        self.buckets.remove(record.parent - 1, slot)
+        if record.kind == Kind.DIRECTORY:
+            self._count_subdirectory(record.parent - 1, -1)
+
+    def _count_subdirectory(self, parent: int, by: int) -> None:
+        count = self.subdirectories(parent)
+        if count != SUBDIRECTORIES_MANY:
+            self.memory.put_u16(record_at(parent) + AT_SUBDIRECTORIES, count + by)

@@ -1,0 +1,271 @@
+"""Changing the tree of a store: directories, links, whole images, renaming, deleting, attributes.
+
+Owns the rules of what may be done to a name. Must not know FUSE.
+
+*Concurrency:* each call takes the table's lock, checks, and appends one needle: that is its commit point.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from imgfs.disk import Buffer
+from imgfs.errors import Exists, InvalidArgument, IsADirectory, NameTooLong, NotEmpty, NotFound, TooLarge
+from imgfs.format import IMAGE_BYTES_MAX, SYMLINK_BYTES_MAX, Kind, Needle, Tag, inode_of, slot_of
+from imgfs.layout import Flag, Word
+from imgfs.log import SMALL_BYTES
+from imgfs.opening import ROOT
+from imgfs.table import Record
+from imgfs.view import View
+
+T = TypeVar("T")
+
+
+class Tree(View):
+    """A view that can be changed."""
+
+    def _locked(self, change: Callable[[int], T]) -> T:
+        """Run *change* as the only writer, with the time of the change in ns."""
+        log = self._images.writer()
+        with log.lock():
+            return change(log.now_ns())
+
+    def _free_name(self, parent: int, name: bytes) -> None:
+        """Make sure that *name* can be given in *parent*."""
+        if self._directory(parent).flags & Flag.DEAD:
+            raise NotFound("the directory was removed")
+        try:
+            self._lookup(parent, name)
+        except NotFound:
+            return
+        raise Exists(f"{name!r} is there already")
+
+    def _new_inode(self) -> int:
+        slot, generation = self._table.next_slot(self.settings.rest_slots, self._handles.in_use)
+        return inode_of(slot, generation)
+
+    def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> int:
+        """Make a directory and return its inode. Exists, NotFound, NotADirectory, NameTooLong, StoreFull."""
+
+        def change(now_ns: int) -> int:
+            self._free_name(parent, name)
+            inode = self._new_inode()
+            needle = Needle(Kind.DIRECTORY, inode, parent, name, 0, mode, uid, gid, mtime_ns=now_ns, ctime_ns=now_ns)
+            self._images.writer().append(needle, [])
+            return inode
+
+        return self._locked(change)
+
+    def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> int:
+        """Make a symbolic link to *target*, up to 4,095 bytes, and return its inode. Errors as `mkdir`."""
+        if len(target) > SYMLINK_BYTES_MAX:
+            raise NameTooLong(f"the target of a link has at most {SYMLINK_BYTES_MAX} bytes")
+        return self._put(parent, name, Kind.SYMLINK, [target], len(target), 0o777, uid, gid, None)
+
+    def put(
+        self,
+        parent: int,
+        name: bytes,
+        data: Buffer | Iterable[Buffer],
+        size: int,
+        *,
+        mode: int,
+        uid: int,
+        gid: int,
+        mtime_ns: int,
+    ) -> int:
+        """Store a whole image of *size* bytes in one append, in place of what had the name; return its inode.
+
+        *data* is the bytes, or yields them in pieces. Raises IsADirectory if a directory has the name, TooLarge, and
+        as `mkdir`.
+        """
+        pieces = [data] if isinstance(data, bytes | bytearray | memoryview) else data
+        return self._put(parent, name, Kind.FILE, pieces, size, mode, uid, gid, mtime_ns)
+
+    def _put(
+        self,
+        parent: int,
+        name: bytes,
+        kind: Kind,
+        pieces: Iterable[Buffer],
+        size: int,
+        mode: int,
+        uid: int,
+        gid: int,
+        mtime_ns: int | None,
+    ) -> int:
+        if size > IMAGE_BYTES_MAX:
+            raise TooLarge("an image has at most 4 GiB - 1 bytes")
+
+        def change(now_ns: int) -> int:
+            try:
+                self._free_name(parent, name)
+                inode = self._new_inode()
+            except Exists:
+                if kind != Kind.FILE:
+                    raise
+                inode = self._lookup(parent, name)
+                old = self._images.record(inode)
+                if old.kind == Kind.DIRECTORY:
+                    raise IsADirectory(f"{name!r} is a directory") from None
+                if old.kind != kind or old.flags & (Flag.STAGED | Flag.UNBORN):
+                    self._unlink(inode, now_ns)
+                    inode = self._new_inode()
+            time_ns = now_ns if mtime_ns is None else mtime_ns
+            needle = Needle(kind, inode, parent, name, size, mode, uid, gid, mtime_ns=time_ns, ctime_ns=now_ns)
+            if size <= SMALL_BYTES:
+                self._images.writer().append(needle, [piece for piece in pieces if len(piece)])
+            else:
+                self._images.writer().append(needle, [], large=pieces)
+            return inode
+
+        return self._locked(change)
+
+    def _unlink(self, inode: int, now_ns: int) -> None:
+        """Take the name of *inode*, whatever it is, out of its directory."""
+        slot = slot_of(inode)
+        record = self._images.record(inode)
+        if record.flags & Flag.UNBORN:
+            with self._memory.change():
+                self._table.delete_unborn(slot, now_ns)
+        else:
+            needle = Needle(Kind.DELETE, inode, self.parent(inode), ctime_ns=now_ns)
+            self._images.writer().append(needle, [])
+        self._images.end_staging(inode)
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """Remove an image or a link; who has it open can go on reading. NotFound, IsADirectory."""
+
+        def change(now_ns: int) -> None:
+            inode = self._lookup(parent, name)
+            if self._images.record(inode).kind == Kind.DIRECTORY:
+                raise IsADirectory(f"{name!r} is a directory")
+            self._unlink(inode, now_ns)
+
+        self._locked(change)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        """Remove an empty directory. NotFound, NotADirectory, NotEmpty."""
+
+        def change(now_ns: int) -> None:
+            inode = self._lookup(parent, name)
+            self._check_empty(inode)
+            self._unlink(inode, now_ns)
+
+        self._locked(change)
+
+    def _check_empty(self, directory: int) -> None:
+        self._directory(directory)
+        if self._table.buckets.children(slot_of(directory)):
+            raise NotEmpty("the directory is not empty")
+
+    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, replace: bool = True) -> None:
+        """Give an entry another name, in one step; what had that name is gone, unless *replace* is false: Exists.
+
+        Raises:
+            NotFound, NotADirectory, IsADirectory, NotEmpty, NameTooLong: as rename(2).
+            InvalidArgument: a directory into itself.
+        """
+
+        def change(now_ns: int) -> None:
+            inode = self._lookup(parent, name)
+            record = self._images.record(inode)
+            if self._directory(new_parent).flags & Flag.DEAD:
+                raise NotFound("the directory was removed")
+            if record.kind == Kind.DIRECTORY:
+                self._check_not_inside(new_parent, inode)
+            extras: dict[int, bytes] = {Tag.OLD_PARENT: parent.to_bytes(8, "little")}
+            try:
+                target = self._lookup(new_parent, new_name)
+            except NotFound:
+                target = 0
+            if target:
+                if not replace:
+                    raise Exists(f"{new_name!r} is there already")
+                if target == inode:
+                    return
+                self._check_replaceable(record, target)
+                extras[Tag.REPLACED] = target.to_bytes(8, "little")
+            if record.flags & Flag.UNBORN:
+                self._images.commit(inode)
+            if target and self._images.record(target).flags & Flag.UNBORN:
+                self._images.commit(target)
+            needle = Needle(Kind.RENAME, inode, new_parent, new_name, ctime_ns=now_ns, extras=extras)
+            self._images.writer().append(needle, [])
+            if target:
+                self._images.end_staging(target)
+
+        self._locked(change)
+
+    def _check_not_inside(self, directory: int, inode: int) -> None:
+        while True:
+            if directory == inode:
+                raise InvalidArgument("a directory cannot be moved into itself")
+            if directory == ROOT:
+                return
+            directory = self.parent(directory)
+
+    def _check_replaceable(self, record: Record, target: int) -> None:
+        if record.kind == Kind.DIRECTORY:
+            self._check_empty(target)
+        elif self._images.record(target).kind == Kind.DIRECTORY:
+            raise IsADirectory("a directory cannot be replaced by an image")
+
+    def set_attr(
+        self,
+        inode: int,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        mtime_ns: int | None = None,
+    ) -> None:
+        """Change permission bits, owner, group or time; those of a dirty image join the needle of its flush. Stale."""
+
+        def change(now_ns: int) -> None:
+            attr = self.attr(inode)
+            owner = (
+                attr.uid if uid is None else uid,
+                attr.gid if gid is None else gid,
+                attr.mode if mode is None else mode,
+            )
+            record = self._images.record(inode)
+            staged = self._images.staged(inode)
+            if staged is not None and (staged.dirty or record.flags & Flag.UNBORN):
+                self._images.set_staged(inode, owner=self._owner_index(*owner), mtime_ns=mtime_ns)
+                return
+            needle = Needle(
+                Kind.ATTRIBUTES,
+                inode,
+                mode=owner[2],
+                uid=owner[0],
+                gid=owner[1],
+                mtime_ns=attr.mtime_ns if mtime_ns is None else mtime_ns,
+                ctime_ns=now_ns,
+            )
+            if record.flags & Flag.DEAD:
+                # Nobody finds it after a crash, so no needle is due.
+                index = self._owner_index(*owner)
+                with self._memory.change():
+                    self._table.set_attributes(slot_of(inode), index, needle.mtime_ns, now_ns)
+            else:
+                self._images.writer().append(needle, [])
+            if staged is not None:
+                self._images.set_staged(inode, owner=self._table.record(slot_of(inode)).owner, mtime_ns=mtime_ns)
+
+        self._locked(change)
+
+    def _owner_index(self, uid: int, gid: int, mode: int) -> int:
+        """Return the number of an owner that a needle will define when one uses it."""
+        index = self._table.owner_index(uid, gid, mode)
+        if index >= self._memory.words[Word.OWNERS]:
+            with self._memory.change():
+                self._table.define_owner(index, uid, gid, mode, -1)
+        return index
+
+    def sync(self) -> None:
+        """Make everything durable that returned before the call.
+
+        Raises:
+            DiskFailure: the disk lost data that it had taken; the store takes no more changes.
+        """
+        self._images.writer().sync()

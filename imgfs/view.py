@@ -1,0 +1,261 @@
+"""Looking at a store: names, attributes, listings, places; nothing here changes anything.
+
+Owns no state. Must not know FUSE, nor how an image is written.
+
+*Concurrency:* no lock is taken: what is read from the table is read again if a writer was at work meanwhile. A call
+that may have to wait for the disk takes `nowait=True` and then raises `WouldBlock` instead.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from imgfs.disk import Disk
+from imgfs.errors import InvalidArgument, IsADirectory, NameTooLong, NotADirectory, NotFound
+from imgfs.format import ALIGNMENT, NAME_BYTES_MAX, Kind, footer_bytes, inode_of, slot_of
+from imgfs.handles import Handles
+from imgfs.images import Images
+from imgfs.layout import SLOTS_MAX, SUBDIRECTORIES_MANY, Flag, Word
+from imgfs.load import live_bytes
+from imgfs.opening import ROOT, STAGING, Opened
+from imgfs.staging import Staging
+from imgfs.table import Record
+
+# At lookup the disk is asked for at most so much of an image.
+_PREFETCH_BYTES = 2 << 20
+
+
+class Attr(NamedTuple):
+    """What `stat` tells of an inode."""
+
+    inode: int
+    kind: Kind
+    mode: int  # permission bits
+    uid: int
+    gid: int
+    nlink: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    blocks: int  # of 512 bytes
+
+
+class Entry(NamedTuple):
+    """A row of a listing; *key* is its position, above 0 and below 2**56, and stays whatever else changes."""
+
+    key: int
+    inode: int
+    name: bytes
+
+
+class Location(NamedTuple):
+    """Where an image lies, in bytes from the start of the volume."""
+
+    volume: int
+    offset: int
+    data_offset: int
+    size: int
+    checksum: int  # CRC-32C of the data
+
+
+class Space(NamedTuple):
+    """What the file system below has, in blocks."""
+
+    block_size: int
+    blocks: int
+    free: int
+    available: int
+    images: int
+    images_max: int
+
+
+class Counts(NamedTuple):
+    """What is in the store."""
+
+    images: int
+    directories: int
+    symlinks: int
+    volumes: int
+    volume_bytes: int
+    live_bytes: int
+    memory_bytes: int
+
+
+class View:
+    """The names and attributes of an open store."""
+
+    def __init__(self, path: str, disk: Disk, parts: Opened) -> None:
+        self.path = path
+        self.writable = parts.log is not None
+        self.settings = parts.settings
+        self.superblock = parts.superblock
+        self.report = parts.report
+        self._disk = disk
+        self._table = parts.table
+        self._memory = parts.table.memory
+        self._volumes = parts.volumes
+        self._handles = Handles(self._memory)
+        self._staging = Staging(disk, f"{path}/{STAGING}", self._memory)
+        self._images = Images(self._table, self._volumes, self._handles, self._staging, parts.log)
+
+    def lookup(self, parent: int, name: bytes, *, nowait: bool = False) -> int:
+        """Return the inode of *name* in the directory *parent*.
+
+        Raises:
+            NotFound, NotADirectory, NameTooLong, Stale: as the names say.
+            WouldBlock: *nowait* is set and the name is not in memory.
+        """
+        return self._memory.consistent(lambda: self._lookup(parent, name, nowait=nowait))
+
+    def _lookup(self, parent: int, name: bytes, *, nowait: bool = False) -> int:
+        self._directory(parent)
+        check_name(name)
+        for slot in self._table.buckets.find(slot_of(parent), self._table.hash(name)):
+            record = self._table.record(slot)
+            if self._name(slot, record, nowait=nowait) == name:
+                return inode_of(slot, record.generation)
+        raise NotFound(f"no entry {name!r}")
+
+    def _directory(self, inode: int) -> Record:
+        record = self._images.record(inode)
+        if record.kind != Kind.DIRECTORY:
+            raise NotADirectory(f"inode {inode:#x} is no directory")
+        return record
+
+    def _name(self, slot: int, record: Record, *, nowait: bool = False) -> bytes:
+        if record.flags & Flag.UNBORN:
+            staged = self._images.staged(inode_of(slot, record.generation))
+            return staged.name if staged is not None else b""
+        return self._volumes.get(record.name_volume).names.get(record.name_offset, nowait=nowait)
+
+    def attr(self, inode: int) -> Attr:
+        """Return what is known of *inode*; it may be unlinked, and then has no links.
+
+        Raises:
+            Stale: it is gone.
+        """
+        record = self._images.record(inode)
+        owner, size, mtime_ns, ctime_ns = record.owner, record.size, record.mtime_ns, record.ctime_s * 1_000_000_000
+        kind = Kind(record.kind)
+        nlink = 0 if record.flags & Flag.DEAD else 1
+        if record.flags & Flag.STAGED:
+            staged = self._images.staged(inode)
+            if staged is not None and staged.dirty:
+                owner, size, mtime_ns, ctime_ns = staged.owner, staged.size, staged.mtime_ns, staged.ctime_ns
+        elif kind == Kind.DIRECTORY:
+            size = 0
+            if nlink:
+                nlink = 1 if record.volume == SUBDIRECTORIES_MANY else 2 + record.volume
+        uid, gid, mode = self._table.owner(owner)
+        return Attr(inode, kind, mode, uid, gid, nlink, size, mtime_ns, ctime_ns, -(-size // 512))
+
+    def list(self, directory: int, after: int = 0, *, nowait: bool = False) -> Iterator[Entry]:
+        """Yield the entries of *directory* whose key is above *after*, in order of their keys.
+
+        What is added or removed meanwhile may or may not come; all else comes once. `.` and `..` do not.
+
+        Raises:
+            NotADirectory, Stale: as the names say.
+            WouldBlock: *nowait* is set and a name is not in memory.
+        """
+        while True:
+            rows = self._memory.consistent(lambda start=after: self._list(directory, start, nowait=nowait))  # type: ignore[misc]
+            if not rows:
+                return
+            yield from rows
+            after = rows[-1].key
+
+    def _list(self, directory: int, after: int, *, nowait: bool) -> Sequence[Entry]:
+        record = self._directory(directory)
+        if record.flags & Flag.DEAD:
+            return []
+        rows = []
+        for key, slot in self._table.buckets.after(slot_of(directory), after):
+            child = self._table.record(slot)
+            rows.append(Entry(key, inode_of(slot, child.generation), self._name(slot, child, nowait=nowait)))
+        return rows
+
+    def parent(self, inode: int) -> int:
+        """Return the directory that *inode* lies in; the root lies in itself."""
+        record = self._images.record(inode)
+        return inode_of(record.parent - 1, self._table.whole_record(record.parent - 1).generation)
+
+    def name(self, inode: int) -> bytes:
+        """Return the name of *inode* in its directory."""
+        return self._memory.consistent(lambda: self._name(slot_of(inode), self._images.record(inode)))
+
+    def readlink(self, inode: int, *, nowait: bool = False) -> bytes:
+        """Return the target of a symbolic link.
+
+        Raises:
+            InvalidArgument: it is none.
+            Damaged, Stale, WouldBlock: as `open_image`.
+        """
+        record = self._images.record(inode)
+        if record.kind != Kind.SYMLINK:
+            raise InvalidArgument(f"inode {inode:#x} is no symbolic link")
+        return bytes(self._images.whole(inode, record, nowait=nowait).data or b"")
+
+    def resolve(self, path: bytes) -> int:
+        """Return the inode at *path*, names between slashes from the root; links are not followed."""
+        inode = ROOT
+        for name in path.split(b"/"):
+            if name not in (b"", b"."):
+                inode = self.lookup(inode, name)
+        return inode
+
+    def locate(self, inode: int) -> Location:
+        """Return where the last flushed bytes of the image *inode* lie.
+
+        Raises:
+            IsADirectory, Stale: as the names say.
+            NotFound: no needle holds it yet.
+            Damaged: its bytes are not those that were written.
+        """
+        record = self._images.record(inode)
+        if record.kind == Kind.DIRECTORY:
+            raise IsADirectory("a directory has no bytes of its own")
+        if record.flags & Flag.UNBORN:
+            raise NotFound("this image is being written for the first time")
+        whole = self._images.whole(inode, record)
+        volume_id = self._table.volume(record.volume).volume_id
+        return Location(volume_id, whole.offset, whole.offset + whole.needle.data_start, record.size, whole.sums.data)
+
+    def prefetch(self, inode: int) -> None:
+        """Let the disk start to read the image *inode*; nothing happens if it has no bytes."""
+        record = self._table.whole_record(slot_of(inode))
+        if record.kind == Kind.FILE and not record.flags & (Flag.STAGED | Flag.UNBORN):
+            size = min(record.size + footer_bytes(record.size), _PREFETCH_BYTES)
+            self._volumes.get(record.volume).volume.prefetch(record.offset8 * ALIGNMENT, size)
+
+    def space(self) -> Space:
+        """Return the true numbers of the file system the store lies on."""
+        below = self._disk.space(self.path)
+        words = self._memory.words
+        images = words[Word.FILES] + words[Word.DIRECTORIES] + words[Word.SYMLINKS]
+        return Space(below.f_frsize, below.f_blocks, below.f_bfree, below.f_bavail, images, SLOTS_MAX)
+
+    def counts(self) -> Counts:
+        """Return what is in the store."""
+        words = self._memory.words
+        rows = [self._table.volume(entry) for entry in range(words[Word.VOLUMES])]
+        sizes = [
+            words[Word.ACTIVE_END] if self.writable and n == words[Word.ACTIVE] else row.end
+            for n, row in enumerate(rows)
+        ]
+        return Counts(
+            words[Word.FILES],
+            words[Word.DIRECTORIES],
+            words[Word.SYMLINKS],
+            len(rows),
+            sum(sizes),
+            int(live_bytes(self._memory)[1].sum()),
+            self._memory.resident_bytes(),
+        )
+
+
+def check_name(name: bytes) -> None:
+    """Make sure that *name* can be that of an entry: NameTooLong, InvalidArgument."""
+    if len(name) > NAME_BYTES_MAX:
+        raise NameTooLong(f"a name has at most {NAME_BYTES_MAX} bytes")
+    if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
+        raise InvalidArgument(f"{name!r} cannot be the name of an entry")

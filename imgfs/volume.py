@@ -1,0 +1,248 @@
+"""A volume: one append-only file of needles, read, checked and scanned.
+
+Owns the file of one volume. Must not know the table or the index; it finds needles by offset only.
+
+*Concurrency:* reading keeps no state, so any thread may; appending is for the holder of the table's lock.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from imgfs.disk import Buffer, Disk
+from imgfs.errors import Damaged
+from imgfs.format import (
+    ALIGNMENT,
+    CHUNK_BYTES,
+    NEEDLE_HEADER_BYTES,
+    NEEDLE_HEADER_BYTES_MAX,
+    NEEDLE_MAGIC,
+    NEEDLES_START,
+    ChecksumBuilder,
+    Checksums,
+    Needle,
+    VolumeHeader,
+    aligned,
+    checksums,
+    footer_bytes,
+    pack_footer,
+    pack_needle_header,
+    pack_volume_header,
+    unpack_footer,
+    unpack_needle_header,
+    unpack_volume_header,
+)
+
+# A scan reads so much at once: many small needles, or one header and a little of a large image.
+_WINDOW_BYTES = 256 << 10
+_MAGIC = NEEDLE_MAGIC.to_bytes(4, "little")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Bytes of a volume, from *start* to *end*, that hold no needle that could be recognised."""
+
+    start: int
+    end: int
+
+
+class Volume:
+    """An open volume file."""
+
+    def __init__(self, disk: Disk, path: str, file: int, header: VolumeHeader) -> None:
+        self.header = header
+        self.path = path
+        self._disk = disk
+        self._file = file
+        self._seed = header.seed()
+
+    @classmethod
+    def create(cls, disk: Disk, path: str, header: VolumeHeader, extent_bytes: int) -> "Volume":
+        """Make a volume file that holds nothing but its header; it is not durable yet."""
+        file = disk.open(path, writable=True, create=True)
+        try:
+            disk.truncate(file, 0)
+            if extent_bytes:
+                disk.hint_extent_size(file, extent_bytes)
+            disk.write(file, 0, [pack_volume_header(header)])
+        except BaseException:
+            disk.close(file)
+            raise
+        return cls(disk, path, file, header)
+
+    @classmethod
+    def open(cls, disk: Disk, path: str, *, writable: bool = False) -> "Volume":
+        """Open the volume at *path*.
+
+        Raises:
+            NewerFormat: a newer release wrote it.
+            Damaged: its header cannot be read.
+        """
+        file = disk.open(path, writable=writable)
+        try:
+            header = unpack_volume_header(disk.read(file, 0, NEEDLES_START))
+        except BaseException:
+            disk.close(file)
+            raise
+        return cls(disk, path, file, header)
+
+    def close(self) -> None:
+        self._disk.close(self._file)
+
+    def duplicate(self) -> "Volume":
+        """Return the same volume on a descriptor of its own: a sync may outlast the log's."""
+        return Volume(self._disk, self.path, self._disk.duplicate(self._file), self.header)
+
+    def size(self) -> int:
+        """Return the length of the file in bytes."""
+        return self._disk.size(self._file)
+
+    def sync(self) -> None:
+        """Make all needles durable that were appended before the call."""
+        self._disk.sync(self._file)
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def prefetch(self, offset: int, size: int) -> None:
+        """Let the disk start to read a needle of about *size* bytes of data."""
+        self._disk.prefetch(self._file, offset, NEEDLE_HEADER_BYTES_MAX + size)
+
+    def read(self, offset: int, size: int, *, nowait: bool = False) -> bytes:
+        """Return *size* bytes at *offset*, fewer only at the end of the file; WouldBlock as Disk.read."""
+        return self._disk.read(self._file, offset, size, nowait=nowait)
+
+    def header_at(self, offset: int, *, nowait: bool = False) -> Needle:
+        """Return the needle whose header stands at *offset*.
+
+        Raises:
+            Damaged: none does.
+        """
+        needle = self.unpack(self.read(offset, NEEDLE_HEADER_BYTES_MAX, nowait=nowait), offset)
+        if needle is None:
+            raise Damaged(f"volume {self.header.volume_id}, offset {offset}: the header of this image is damaged")
+        return needle
+
+    def unpack(self, data: Buffer, offset: int) -> Needle | None:
+        """Return the needle whose header starts *data*, which was read at *offset*; None if it is not whole."""
+        return unpack_needle_header(data, self._seed, offset)
+
+    def footer_of(self, needle: Needle, offset: int, *, nowait: bool = False) -> Checksums:
+        """Return the checksums in the footer of *needle*, which lies at *offset*.
+
+        Raises:
+            Damaged: the footer is not the one that was written.
+        """
+        at = offset + needle.data_start + needle.data_size
+        sums = unpack_footer(
+            self.read(at, footer_bytes(needle.data_size), nowait=nowait), needle.data_size, needle.checksum
+        )
+        if sums is None:
+            raise Damaged(f"volume {self.header.volume_id}, offset {offset}: the footer of this image is damaged")
+        return sums
+
+    def pieces(self, needle: Needle, offset: int) -> Iterator[bytes]:
+        """Yield the data of *needle*, 1 MiB at a time, each piece verified before it is yielded.
+
+        Raises:
+            Damaged: the footer or the next piece is not what was written.
+        """
+        sums = self.footer_of(needle, offset)
+        start = offset + needle.data_start
+        for index, at in enumerate(range(0, needle.data_size, CHUNK_BYTES)):
+            piece = self.read(start + at, min(CHUNK_BYTES, needle.data_size - at))
+            expected = sums.chunks[index] if sums.chunks else sums.data
+            if len(piece) < min(CHUNK_BYTES, needle.data_size - at) or checksums(piece).data != expected:
+                raise Damaged(
+                    f"volume {self.header.volume_id}, offset {offset}: bytes {at} to {at + CHUNK_BYTES} are damaged"
+                )
+            yield piece
+
+    def whole(self, needle: Needle, offset: int) -> bool:
+        """Return whether the data of *needle* is what was written."""
+        try:
+            for _ in self.pieces(needle, offset):
+                pass
+        except Damaged:
+            return False
+        return True
+
+    def scan(self, start: int, end: int) -> Iterator[tuple[int, Needle] | Gap]:
+        """Yield (offset, needle) for each needle between *start* and *end*, and the gaps; reads headers only."""
+        window, window_start = b"", start
+        offset = start
+        while offset < end:
+            at = offset - window_start
+            if len(window) - at < NEEDLE_HEADER_BYTES_MAX and window_start + len(window) < end:
+                window, window_start, at = self.read(offset, min(_WINDOW_BYTES, end - offset)), offset, 0
+            needle = self.unpack(memoryview(window)[at : at + NEEDLE_HEADER_BYTES_MAX], offset)
+            if needle is not None and offset + needle.length <= end:
+                yield offset, needle
+                offset += needle.length
+            else:
+                following = self._next_needle(offset + ALIGNMENT, end)
+                yield Gap(offset, following)
+                offset = following
+
+    def _next_needle(self, start: int, end: int) -> int:
+        """Return where the next needle at or after *start* lies; *end* if there is none."""
+        position = start
+        while position + NEEDLE_HEADER_BYTES <= end:
+            window = self.read(position, min(_WINDOW_BYTES, end - position))
+            found = window.find(_MAGIC)
+            while found >= 0:
+                offset = position + found
+                if offset % ALIGNMENT == 0:
+                    needle = self.unpack(self.read(offset, NEEDLE_HEADER_BYTES_MAX), offset)
+                    if needle is not None and offset + needle.length <= end:
+                        return offset
+                found = window.find(_MAGIC, found + 1)
+            if len(window) < _WINDOW_BYTES:
+                break
+            # The magic is four bytes at a multiple of eight: it does not cross the edge of a window.
+            position += _WINDOW_BYTES
+        return end
+
+    # -- writing ----------------------------------------------------------------------------------------------
+
+    def write_needle(self, offset: int, needle: Needle, data: Sequence[Buffer], sums: Checksums | None) -> None:
+        """Write *needle* at *offset*; *data* is its `data_size` bytes in pieces, *sums* their checksums.
+
+        Raises:
+            OSError: as the disk says; part of the needle may have been written.
+        """
+        header = pack_needle_header(needle, self._seed, offset)
+        if sums is None:
+            sums = checksums(b"".join(data)) if len(data) != 1 else checksums(data[0])
+        self._disk.write(self._file, offset, [header, *data, self._end_of(needle, sums)])
+
+    def write_large_needle(self, offset: int, needle: Needle, pieces: Iterable[Buffer]) -> None:
+        """Write *needle* at *offset* with data that comes in *pieces*, never all of it in memory.
+
+        Raises:
+            Damaged: the pieces do not add up to `data_size` bytes.
+            OSError: as the disk says. In both cases part of the needle may have been written.
+        """
+        header = pack_needle_header(needle, self._seed, offset)
+        self._disk.write(self._file, offset, [header])
+        at = offset + len(header)
+        left = needle.data_size
+        builder = ChecksumBuilder()
+        for piece in pieces:
+            left -= len(piece)
+            if left < 0:
+                break
+            builder.add(piece)
+            self._disk.write(self._file, at, [piece])
+            at += len(piece)
+        if left:
+            raise Damaged(f"the data of this image is {abs(left)} bytes {'short' if left > 0 else 'too long'}")
+        self._disk.write(self._file, at, [self._end_of(needle, builder.finish())])
+
+    def truncate(self, size: int) -> None:
+        """Cut away what a failed append left behind."""
+        self._disk.truncate(self._file, size)
+
+    @staticmethod
+    def _end_of(needle: Needle, sums: Checksums) -> bytes:
+        footer = pack_footer(sums, needle.data_size, needle.checksum)
+        size = needle.data_start + needle.data_size + len(footer)
+        return footer + bytes(aligned(size) - size)

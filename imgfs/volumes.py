@@ -1,0 +1,69 @@
+"""The volumes of a store that are open for reading, by their entry in the volume table.
+
+Owns the descriptors. Must not know what is read. A volume that the log has begun since is opened when it is first
+needed, so that any process that shares the table finds it.
+
+*Concurrency:* an entry is opened once, under a thread lock, and stays.
+"""
+
+import threading
+from dataclasses import dataclass
+
+from imgfs.disk import Disk
+from imgfs.index import Names, index_paths
+from imgfs.table import Table
+from imgfs.volume import Volume
+
+SUFFIX = ".vol"
+
+
+@dataclass
+class OpenVolume:
+    """A volume and the names that its needles gave."""
+
+    volume: Volume
+    names: Names
+
+
+def volume_path(directory: str, volume_id: int) -> str:
+    """Return the path of a volume in *directory*."""
+    return f"{directory}/{volume_id:08d}{SUFFIX}"
+
+
+class Volumes:
+    """The open volumes."""
+
+    def __init__(self, disk: Disk, directory: str, table: Table) -> None:
+        self._disk = disk
+        self._directory = directory
+        self._table = table
+        self._open: dict[int, OpenVolume] = {}
+        self._lock = threading.Lock()
+
+    def add(self, entry: int, volume: OpenVolume) -> None:
+        """Take over a volume that was opened already."""
+        self._open[entry] = volume
+
+    def get(self, entry: int) -> OpenVolume:
+        """Return the volume with that *entry*."""
+        found = self._open.get(entry)
+        if found is not None:
+            return found
+        with self._lock:
+            if entry not in self._open:
+                path = volume_path(self._directory, self._table.volume(entry).volume_id)
+                volume = Volume.open(self._disk, path)
+                names = Names(self._disk, self._disk.open(index_paths(path).names))
+                self._open[entry] = OpenVolume(volume, names)
+            return self._open[entry]
+
+    def prefetch_names(self) -> None:
+        """Let the disk read all names into the page cache."""
+        for opened in list(self._open.values()):
+            opened.names.prefetch()
+
+    def close(self) -> None:
+        for opened in self._open.values():
+            opened.volume.close()
+            opened.names.close()
+        self._open.clear()
