@@ -1,0 +1,396 @@
+"""The FUSE handlers: each translates a request, makes one store call, and translates the answer back.
+
+Owns nothing but two locks and the threads that wait for the disk; all state is in the store. Must not know how
+images are kept, nor how the mount came about. What is not answered here is answered by the kernel, which stops
+asking after one ENOSYS: extended attributes, locks (they are local to the machine), `access` (the mount is made
+with `default_permissions`), `poll`.
+
+*Concurrency:* every handler runs on one trio loop, which never waits for the disk: what is not in memory is read
+in a thread. State changes between two awaits; those that copy much run in a thread, and `_changes` keeps the
+others waiting meanwhile. `notify_*` of pyfuse3 is never called here: it can wait for the loop that called it.
+"""
+
+import errno
+import functools
+import inspect
+import itertools
+import logging
+import os
+import stat
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
+
+from imgfs.disk import WouldBlock
+from imgfs.errors import ImgfsError, InvalidArgument, NotFound, Stale
+from imgfs.format import NAME_BYTES_MAX, Kind
+from imgfs.store import Attr, Entry, Store
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Copying less takes less time than handing the call to a thread and hearing of its end.
+INLINE_BYTES = 256 << 10
+# Requests that wait for the disk at the same time; more than a disk can make use of.
+THREADS = 32
+# What programs are told to read and write at once: as much as the kernel asks for in one request by default.
+BLOCK_BYTES = 128 << 10
+# Entries fetched at once where a listing has to wait for the disk: about one answer full.
+LISTING_BATCH = 256
+
+_TYPE_BITS = {Kind.FILE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK}
+_PERMISSIONS = 0o7777
+_OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def answered(handler: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    """Let *handler* raise nothing but FUSEError: any other exception would end pyfuse3's loop, and the mount."""
+
+    @functools.wraps(handler)
+    async def answer(*args: Any) -> T:
+        try:
+            return await handler(*args)
+        except FUSEError:
+            raise
+        except ImgfsError as error:
+            if error.errno == errno.EIO:
+                log.error("%s: %s", handler.__name__, error)
+            raise FUSEError(error.errno) from None
+        except OSError as error:
+            log.error("%s: %s", handler.__name__, error)
+            raise FUSEError(errno.ENOSPC if error.errno in _OUT_OF_SPACE else errno.EIO) from None
+        except Exception:
+            log.exception("%s failed; this is a bug in imgfs, the request was answered with EIO", handler.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    return answer
+
+
+def all_answered(operations: type[T]) -> type[T]:
+    """Wrap every handler of the class *operations* with `answered`."""
+    for name, handler in list(vars(operations).items()):
+        if inspect.iscoroutinefunction(handler) and not name.startswith("_"):
+            setattr(operations, name, answered(handler))
+    return operations
+
+
+class GroupSync:
+    """Runs *sync* in a thread, once for all that wait: a run that starts after you came covers you."""
+
+    def __init__(self, sync: Callable[[], None]) -> None:
+        self._sync = sync
+        self._one_run = trio.Lock()
+        self._started = 0
+        self._error: Exception | None = None
+
+    async def wait(self) -> None:
+        """Return when all that was done before the call is durable, or raise what the run for it raised."""
+        mine = self._started + 1
+        async with self._one_run:
+            # The lock is handed on in order of arrival, so the last run is the one that covers us.
+            if self._started < mine:
+                self._started += 1
+                self._error = None
+                try:
+                    await trio.to_thread.run_sync(self._sync)
+                except Exception as error:
+                    self._error = error
+            if self._error is not None:
+                raise self._error
+
+
+@all_answered
+class Filesystem(pyfuse3.Operations):
+    """One mounted store."""
+
+    supports_dot_lookup = True
+
+    def __init__(self, store: Store, *, timeout_s: float) -> None:
+        """Serve *store*; the kernel may remember names, absent names and attributes for *timeout_s* seconds."""
+        self._store = store
+        self._timeout_s = timeout_s
+        self._changes = trio.Lock()
+        self._threads = trio.CapacityLimiter(THREADS)
+        self._group_sync = GroupSync(store.sync)
+        self._absent = EntryAttributes()
+        self._absent.st_ino = 0
+        self._absent.entry_timeout = timeout_s
+        self._absent.attr_timeout = timeout_s
+
+    async def sync(self) -> None:
+        """Make durable all that was answered so far."""
+        await self._group_sync.wait()
+
+    # -- names ------------------------------------------------------------------------------------------------
+
+    async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        store = self._store
+        if name == b"." or name == b"..":
+            return self._entry(store.attr(parent if name == b"." else store.parent(parent)))
+        try:
+            inode = await self._cold(store.lookup, parent, name)
+        except NotFound:
+            return self._absent
+        attr = store.attr(inode)
+        if attr.kind == Kind.FILE:
+            # The disk works while the answer and the open travel.
+            store.prefetch(inode)
+        return self._entry(attr)
+
+    # A plain function: pyfuse3 awaits what it returns only if that is not None, and there is nothing to do.
+    def forget(self, inode_list: Iterable[tuple[int, int]]) -> None:  # type: ignore[override]
+        """Do nothing: inode numbers carry their generation, so nobody counts lookups."""
+
+    async def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        store = self._store
+        gid, set_gid = self._group_in(parent, ctx)
+        mode = mode & _PERMISSIONS & ~ctx.umask | set_gid
+        return self._entry(store.attr(await self._change(store.mkdir, parent, name, mode, ctx.uid, gid)))
+
+    async def symlink(self, parent: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        store = self._store
+        gid, _ = self._group_in(parent, ctx)
+        return self._entry(store.attr(await self._change(store.symlink, parent, name, target, ctx.uid, gid)))
+
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return await self._cold(self._store.readlink, inode)
+
+    async def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
+        await self._change(self._store.unlink, parent, name)
+
+    async def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
+        await self._change(self._store.rmdir, parent, name)
+
+    async def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: RequestContext
+    ) -> None:
+        if flags not in (0, pyfuse3.RENAME_NOREPLACE):
+            raise InvalidArgument("only RENAME_NOREPLACE is supported")
+        rename = functools.partial(self._store.rename, replace=not flags)
+        await self._change(rename, parent, name, new_parent, new_name)
+
+    async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+        # What link(2) names for a file system without hard links.
+        raise FUSEError(errno.EPERM)
+
+    # -- attributes -------------------------------------------------------------------------------------------
+
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(self._store.attr(inode))
+
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        store = self._store
+        mode = attr.st_mode & _PERMISSIONS if fields.update_mode else None
+        uid = attr.st_uid if fields.update_uid else None
+        gid = attr.st_gid if fields.update_gid else None
+        mtime_ns = attr.st_mtime_ns if fields.update_mtime else None
+        if mode is None and (fields.update_uid or fields.update_gid or (fields.update_size and ctx.uid)):
+            mode = self._mode_without_set_id(inode)
+        if fields.update_size:
+            await self._change_of(store.attr(inode).size, store.truncate, inode, attr.st_size)
+        changes = {"mode": mode, "uid": uid, "gid": gid, "mtime_ns": mtime_ns}
+        if any(value is not None for value in changes.values()):
+            await self._change(functools.partial(store.set_attr, inode, **changes))
+        return self._entry(store.attr(inode))
+
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        space = self._store.space()
+        answer = StatvfsData()
+        answer.f_bsize = answer.f_frsize = space.block_size
+        answer.f_blocks = space.blocks
+        answer.f_bfree = space.free
+        answer.f_bavail = space.available
+        answer.f_files = space.images_max
+        answer.f_ffree = answer.f_favail = space.images_max - space.images
+        answer.f_namemax = NAME_BYTES_MAX
+        return answer
+
+    # -- directories ------------------------------------------------------------------------------------------
+
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return inode
+
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        # Positions: 1 is behind `.`, 2 behind `..`, and key + 2 behind the entry with that key.
+        store = self._store
+        if start_id < 1 and not pyfuse3.readdir_reply(token, b".", self._entry(store.attr(fh)), 1):
+            return
+        if start_id < 2 and not pyfuse3.readdir_reply(token, b"..", self._entry_of_parent(fh), 2):
+            return
+        after = max(start_id - 2, 0)
+        shown = start_id < 2
+        try:
+            for entry in store.list(fh, after, nowait=True):
+                if not self._show(entry, token):
+                    return
+                shown = True
+        except Stale:
+            return  # removed while it was open: nothing is in it
+        except WouldBlock:
+            # A short answer is an answer: the kernel comes back for the rest.
+            if shown:
+                return
+            for entry in await self._in_thread(_first_entries, store, fh, after):
+                if not self._show(entry, token):
+                    return
+
+    async def releasedir(self, fh: int) -> None:
+        pass
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self._group_sync.wait()
+
+    # -- open images ------------------------------------------------------------------------------------------
+
+    async def create(
+        self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        inode, handle = await self._create(parent, name, mode, ctx)
+        return FileInfo(fh=handle, keep_cache=True), self._entry(self._store.attr(inode))
+
+    async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        if not stat.S_ISREG(mode):
+            raise FUSEError(errno.EPERM)  # what mknod(2) names for a file system without such files
+        inode, handle = await self._create(parent, name, mode, ctx)
+        await self._change(self._commit_and_release, handle)
+        return self._entry(self._store.attr(inode))
+
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        open_image = self._store.open_image
+        if flags & os.O_TRUNC:
+            handle = await self._change(functools.partial(open_image, inode, write=True, truncate=True))
+        elif flags & os.O_ACCMODE != os.O_RDONLY:
+            handle = await self._cold(functools.partial(open_image, inode, write=True))
+        else:
+            handle = await self._cold(open_image, inode)
+        return FileInfo(fh=handle, keep_cache=True)
+
+    # pyfuse3 takes any buffer; a view spares a copy.
+    async def read(self, fh: int, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]
+        return await self._cold(self._store.read, fh, off, size)
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        store = self._store
+        done = await self._change_of(len(buf) + store.stage_bytes(fh), store.write, fh, off, buf)
+        inode = store.handle_inode(fh)
+        mode = self._mode_without_set_id(inode)
+        if mode is not None:
+            await self._change(functools.partial(store.set_attr, inode, mode=mode))
+        return done
+
+    async def flush(self, fh: int) -> None:
+        await self._commit(fh)
+
+    async def release(self, fh: int) -> None:
+        try:
+            # It may be dirty again: a mapping can write after the last close.
+            await self._change_of(self._store.flush_bytes(fh), self._store.release, fh)
+        except ImgfsError as error:
+            log.error("what was written through a mapping, or after an error of close, is lost: %s", error)
+            raise
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self._commit(fh)
+        await self._group_sync.wait()
+
+    # -- how the store is called ------------------------------------------------------------------------------
+
+    async def _cold(self, look: Callable[..., T], *args: Any) -> T:
+        """Return `look(*args)`, from a thread if it has to wait for the disk."""
+        try:
+            return look(*args, nowait=True)
+        except WouldBlock:
+            return await self._in_thread(look, *args)
+
+    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
+        return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
+
+    async def _change(self, change: Callable[..., T], *args: Any) -> T:
+        """Return `change(*args)`, a change that takes no longer than it would take to hand it to a thread."""
+        # Nothing runs between this test and the end of the call, so the lock need not be taken: that would cost
+        # a turn of the loop. Who waits for it holds it from the moment its holder lets go, and is not overtaken.
+        if self._changes.locked():
+            async with self._changes:
+                return change(*args)
+        return change(*args)
+
+    async def _change_of(self, size: int, change: Callable[..., T], *args: Any) -> T:
+        """Return `change(*args)`, a change that copies *size* bytes: from a thread if they are many."""
+        if size <= INLINE_BYTES:
+            return await self._change(change, *args)
+        async with self._changes:
+            return await self._in_thread(change, *args)
+
+    async def _commit(self, handle: int) -> None:
+        size = self._store.flush_bytes(handle)
+        if size:
+            await self._change_of(size, self._store.flush, handle)
+
+    async def _create(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> tuple[int, int]:
+        gid, _ = self._group_in(parent, ctx)
+        mode = mode & _PERMISSIONS & ~ctx.umask
+        return await self._change(self._store.create_image, parent, name, mode, ctx.uid, gid)
+
+    def _commit_and_release(self, handle: int) -> None:
+        self._store.flush(handle)
+        self._store.release(handle)
+
+    # -- attributes as the kernel wants them ------------------------------------------------------------------
+
+    def _entry(self, attr: Attr) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = attr.inode
+        entry.generation = attr.inode >> 32
+        entry.entry_timeout = entry.attr_timeout = self._timeout_s
+        entry.st_mode = _TYPE_BITS[attr.kind] | attr.mode
+        entry.st_nlink = attr.nlink
+        entry.st_uid = attr.uid
+        entry.st_gid = attr.gid
+        entry.st_size = attr.size
+        entry.st_blksize = BLOCK_BYTES
+        entry.st_blocks = attr.blocks
+        # Nobody keeps when an image was last read, as under `noatime`.
+        entry.st_atime_ns = entry.st_mtime_ns = attr.mtime_ns
+        entry.st_ctime_ns = attr.ctime_ns
+        return entry
+
+    def _entry_of_parent(self, directory: int) -> EntryAttributes:
+        try:
+            return self._entry(self._store.attr(self._store.parent(directory)))
+        except Stale:
+            return self._entry(self._store.attr(directory))  # both are gone; the number is of no use to anybody
+
+    def _show(self, entry: Entry, token: pyfuse3.ReaddirToken) -> bool:
+        """Add *entry* to the listing *token*; return False when that is full."""
+        try:
+            attributes = self._entry(self._store.attr(entry.inode))
+        except Stale:
+            return True
+        return pyfuse3.readdir_reply(token, entry.name, attributes, entry.key + 2)
+
+    def _group_in(self, directory: int, ctx: RequestContext) -> tuple[int, int]:
+        """Return the group of what is created in *directory*, and the mode bit a new directory there inherits."""
+        attr = self._store.attr(directory)
+        return (attr.gid, stat.S_ISGID) if attr.mode & stat.S_ISGID else (ctx.gid, 0)
+
+    def _mode_without_set_id(self, inode: int) -> int | None:
+        """Return the mode that image *inode* has left when others changed it; None if that is the one it has.
+
+        The kernel leaves this to us, for libfuse promises it (FUSE_CAP_HANDLE_KILLPRIV).
+        """
+        attr = self._store.attr(inode)
+        if not attr.mode & (stat.S_ISUID | stat.S_ISGID) or attr.kind != Kind.FILE:
+            return None
+        # Without the group's x bit, set-gid once meant mandatory locking, not a privilege.
+        drop = stat.S_ISUID | (stat.S_ISGID if attr.mode & stat.S_IXGRP else 0)
+        return attr.mode & ~drop if attr.mode & drop else None
+
+
+def _first_entries(store: Store, directory: int, after: int) -> list[Entry]:
+    return list(itertools.islice(store.list(directory, after), LISTING_BATCH))
