@@ -1,0 +1,279 @@
+"""`imgfs ls`, `imgfs stat` and `imgfs info`: what a store holds, and where.
+
+Owns how a store is shown. Must not change it: each opens the store for reading, also beside a mount.
+"""
+
+import grp
+import json
+import os
+import pwd
+import stat
+import uuid
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import chain, islice
+
+import click
+
+from imgfs.cli.opening import open_store
+from imgfs.cli.text import binary_size, counted, echo, is_terminal, local_time, name_for
+from imgfs.errors import InvalidArgument, NameTooLong, NotADirectory, NotFound
+from imgfs.format import FORMAT_VERSION, IMAGE_BYTES_MAX, NAME_BYTES_MAX, Kind
+from imgfs.mountpoint import mounts
+from imgfs.opening import owner
+from imgfs.recover import RecoveryReport
+from imgfs.store import Attr, Entry, Store
+
+# A directory of more entries than this is listed in the order of the store: sorting needs all names in memory.
+_SORTED_MAX = 100_000
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.command("ls")
+@click.argument("store_path", metavar="STORE")
+@click.argument("path", metavar="[PATH]", default="")
+@click.option("-l", "long", is_flag=True, help="Show mode, links, owner, group, size and time too.")
+@click.option("-R", "recursive", is_flag=True, help="List what is in directories below, too.")
+def ls_command(store_path: str, path: str, long: bool, recursive: bool) -> None:
+    """List what is in STORE, or in the directory PATH of it; paths start at the top of the store.
+
+    Names are sorted by their bytes; a directory of more than 100,000 entries comes in the order of the store.
+
+    \b
+    Example:
+      imgfs ls -l /srv/photos.imgfs 2024/06
+    """
+    with open_store(store_path) as store:
+        wanted = os.fsencode(path)
+        attr = store.attr(resolve(store, wanted))
+        listing = _Listing(store, long=long, terminal=is_terminal())
+        if attr.kind == Kind.DIRECTORY:
+            listing.directory(wanted, attr.inode, recursive=recursive)
+        else:
+            listing.line(wanted, attr)
+
+
+@click.command("stat")
+@click.argument("store_path", metavar="STORE")
+@click.argument("path", metavar="PATH")
+@json_option
+def stat_command(store_path: str, path: str, as_json: bool) -> None:
+    """Show what STORE knows of PATH: its attributes, and the volume, offset, size and checksum of its data.
+
+    \b
+    Example:
+      imgfs stat /srv/photos.imgfs 2024/06/beach.jpg
+    """
+    with open_store(store_path) as store:
+        wanted = os.fsencode(path)
+        inode = resolve(store, wanted)
+        attr = store.attr(inode)
+        target = store.readlink(inode) if attr.kind == Kind.SYMLINK else None
+        place = store.locate(inode) if attr.kind == Kind.FILE else None
+    if as_json:
+        facts: dict[str, object] = {
+            "path": path,
+            "kind": attr.kind.name.lower(),
+            "inode": attr.inode,
+            "generation": attr.inode >> 32,
+            "mode": f"{attr.mode:04o}",
+            "uid": attr.uid,
+            "gid": attr.gid,
+            "links": attr.nlink,
+            "size": attr.size,
+            "mtime_ns": attr.mtime_ns,
+            "ctime_ns": attr.ctime_ns,
+        }
+        if target is not None:
+            facts["target"] = os.fsdecode(target)
+        if place is not None:
+            facts |= {"volume": place.volume, "offset": place.offset, "data_offset": place.data_offset}
+            facts["checksum"] = f"{place.checksum:08x}"
+        echo(json.dumps(facts, indent=2))
+        return
+    rows = {
+        "path": name_for(wanted, terminal=is_terminal()),
+        "kind": attr.kind.name.lower(),
+        "inode": f"{attr.inode}, generation {attr.inode >> 32}",
+        "mode": f"{attr.mode:04o} ({_mode_text(attr)})",
+        "owner": f"{attr.uid} ({_user(attr.uid)})",
+        "group": f"{attr.gid} ({_group(attr.gid)})",
+        "size": f"{attr.size:,} bytes",
+        "modified": local_time(attr.mtime_ns, nanoseconds=True),
+        "changed": local_time(attr.ctime_ns, nanoseconds=True),
+    }
+    if target is not None:
+        rows["target"] = name_for(target, terminal=is_terminal())
+    if place is not None:
+        rows |= {
+            "volume": str(place.volume),
+            "offset": str(place.offset),
+            "checksum": f"{place.checksum:08x} (CRC-32C)",
+        }
+    print_rows(rows)
+
+
+@click.command("info")
+@click.argument("store_path", metavar="STORE")
+@json_option
+def info_command(store_path: str, as_json: bool) -> None:
+    """Show how much STORE holds, how much of its volumes is dead, its limits, and whether it is mounted.
+
+    Live bytes are the data of images that are there. The others are the headers and names that go with them, and
+    all that was deleted or replaced since.
+
+    \b
+    Example:
+      imgfs info --json /srv/photos.imgfs
+    """
+    with open_store(store_path) as store:
+        counts, space, report = store.counts(), store.space(), store.report
+        store_id, volume_bytes_max = uuid.UUID(bytes=store.superblock.store_id), store.superblock.volume_bytes_max
+    other_bytes = counts.volume_bytes - counts.live_bytes
+    pid = owner(store_path)
+    # The mount table has other than ASCII characters of the path escaped.
+    source = os.path.abspath(store_path).encode("ascii", "backslashreplace").decode()
+    mountpoints = [mount.point for mount in mounts() if mount.source == source]
+    if as_json:
+        facts = {
+            "path": os.path.abspath(store_path),
+            "format": FORMAT_VERSION,
+            "store_id": str(store_id),
+            "images": counts.images,
+            "directories": counts.directories,
+            "symlinks": counts.symlinks,
+            "volumes": counts.volumes,
+            "volume_bytes": counts.volume_bytes,
+            "live_bytes": counts.live_bytes,
+            "other_bytes": other_bytes,
+            "memory_bytes": counts.memory_bytes,
+            "volume_bytes_max": volume_bytes_max,
+            "entries_max": space.images_max,
+            "image_bytes_max": IMAGE_BYTES_MAX,
+            "name_bytes_max": NAME_BYTES_MAX,
+            "free_bytes": space.available * space.block_size,
+            "pid": pid,
+            "mountpoints": mountpoints,
+            "torn_bytes": report.torn_bytes,
+            "damaged_places": len(report.damage),
+        }
+        echo(json.dumps(facts, indent=2))
+        return
+    rows = {
+        "store": f"{store_id}, format {FORMAT_VERSION}",
+        "images": f"{counts.images:,}",
+        "directories": f"{counts.directories:,}",
+        "symbolic links": f"{counts.symlinks:,}",
+        "volumes": f"{counts.volumes:,} of up to {binary_size(volume_bytes_max)} each",
+        "on disk": binary_size(counts.volume_bytes),
+        "live": f"{binary_size(counts.live_bytes)} of data",
+        "other": f"{binary_size(other_bytes)} of headers, names, and what was deleted or replaced",
+        "free": binary_size(space.available * space.block_size),
+        "table": f"{binary_size(counts.memory_bytes)} of memory",
+        "limits": f"{counted(space.images_max, 'entry')}; images up to 4 GiB - 1; names up to {NAME_BYTES_MAX} bytes",
+        "state": _state(pid, mountpoints, report),
+    }
+    print_rows(rows)
+
+
+def _state(pid: int | None, mountpoints: list[str], report: RecoveryReport) -> str:
+    if pid is not None:
+        where = f"mounted at {', '.join(mountpoints)}" if mountpoints else "in use"
+        return f"{where} by process {pid or '?'}"
+    parts = ["not mounted"]
+    if report.torn_bytes:
+        parts.append(f"{report.torn_bytes:,} bytes were torn by a crash")
+    if report.rebuilt:
+        parts.append(f"{counted(len(report.rebuilt), 'index file')} to be made anew")
+    if report.damage:
+        parts.append(f"{counted(len(report.damage), 'damaged place')}")
+    return "; ".join(parts)
+
+
+def resolve(store: Store, path: bytes) -> int:
+    """Return the inode of *path* in *store*.
+
+    Raises:
+        NotFound: nothing has that path; the text says so.
+    """
+    try:
+        return store.resolve(path)
+    except (NotFound, NotADirectory, NameTooLong, InvalidArgument):
+        text = f"{os.fsdecode(path)} is not in the store; imgfs ls {store.path} lists what is"
+        raise NotFound(text) from None
+
+
+def print_rows(rows: Mapping[str, str]) -> None:
+    """Print names and values below each other."""
+    width = max(map(len, rows)) + 1
+    for name, value in rows.items():
+        echo(f"{name + ':':{width}} {value}")
+
+
+class _Listing:
+    """One run of `imgfs ls`."""
+
+    def __init__(self, store: Store, *, long: bool, terminal: bool) -> None:
+        self._store = store
+        self._long = long
+        self._terminal = terminal
+
+    def directory(self, path: bytes, inode: int, *, recursive: bool) -> None:
+        """Print the entries of a directory; with *recursive* those of the directories below it too."""
+        pending = [(path, inode)]
+        while pending:
+            path, inode = pending.pop()
+            if recursive:
+                echo(name_for(path or b".", terminal=self._terminal) + ":")
+            below = []
+            for entry in self._entries(inode):
+                attr = self._store.attr(entry.inode)
+                self.line(entry.name, attr)
+                if recursive and attr.kind == Kind.DIRECTORY:
+                    below.append((os.path.join(path, entry.name), entry.inode))
+            pending.extend(reversed(below))
+            if recursive and pending:
+                echo("")
+
+    def line(self, name: bytes, attr: Attr) -> None:
+        """Print the line of one entry."""
+        shown = name_for(name, terminal=self._terminal)
+        if not self._long:
+            echo(shown)
+            return
+        if attr.kind == Kind.SYMLINK:
+            shown += " -> " + name_for(self._store.readlink(attr.inode), terminal=self._terminal)
+        owner, group = _user(attr.uid), _group(attr.gid)
+        time = local_time(attr.mtime_ns)
+        echo(f"{_mode_text(attr)} {attr.nlink:>3} {owner:<8} {group:<8} {attr.size:>12} {time} {shown}")
+
+    def _entries(self, inode: int) -> Iterator[Entry]:
+        entries = self._store.list(inode)
+        first = list(islice(entries, _SORTED_MAX + 1))
+        if len(first) > _SORTED_MAX:
+            return chain(first, entries)
+        return iter(sorted(first, key=lambda entry: entry.name))
+
+
+_TYPES = {Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK}
+
+
+def _mode_text(attr: Attr) -> str:
+    return stat.filemode(_TYPES.get(attr.kind, stat.S_IFREG) | attr.mode)
+
+
+@lru_cache(maxsize=256)
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+@lru_cache(maxsize=256)
+def _group(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)

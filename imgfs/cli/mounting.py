@@ -1,0 +1,47 @@
+"""`imgfs mount` and `imgfs umount`.
+
+Owns their options. Must not know how a mount works.
+"""
+
+import click
+
+from imgfs.cli.text import echo
+from imgfs.mountpoint import unmount
+from imgfs.options import parse
+
+
+@click.command("mount")
+@click.argument("store_path", metavar="STORE")
+@click.argument("mountpoint", metavar="MOUNTPOINT")
+@click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options as in fstab, separated by commas.")
+@click.option("--daemon", is_flag=True, help="Return when the store is mounted, and serve it in the background.")
+@click.option("--read-only", is_flag=True, help="Refuse every change; the same as -o ro.")
+def mount_command(store_path: str, mountpoint: str, options: tuple[str, ...], daemon: bool, read_only: bool) -> None:
+    """Mount STORE at MOUNTPOINT and serve it until it is unmounted.
+
+    Without --daemon it stays in the foreground; Ctrl-C unmounts. With `-o allow_other` other users, such as a web
+    server's, get in as far as the mode bits let them.
+
+    \b
+    Example:
+      imgfs mount --daemon -o allow_other /srv/photos.imgfs /mnt/photos
+    """
+    parsed = parse([*options, "ro"] if read_only else options)
+    # Only here, because pyfuse3 needs libfuse, which who only imports and exports need not have.
+    from imgfs.mount import mount
+
+    raise click.exceptions.Exit(mount(store_path, mountpoint, parsed, daemon=daemon))
+
+
+@click.command("umount")
+@click.argument("mountpoint", metavar="MOUNTPOINT")
+@click.option("--lazy", is_flag=True, help="Take it away at once; what is open there stays usable until it is closed.")
+def umount_command(mountpoint: str, lazy: bool) -> None:
+    """Unmount the store at MOUNTPOINT, when all of it is on the disk; a dead mountpoint is cleared.
+
+    \b
+    Example:
+      imgfs umount /mnt/photos
+    """
+    unmount(mountpoint, lazy=lazy)
+    echo(f"unmounted {mountpoint}")

@@ -1,0 +1,49 @@
+"""Opens a store for a command, and says on standard error what damage opening it found.
+
+Owns the wording of damage. Must not decide what a command does about it.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from imgfs.cli.text import complain
+from imgfs.errors import ImgfsError
+from imgfs.recover import Damage
+from imgfs.store import ROOT, Store
+
+# So many damaged places are named one by one; `imgfs check` names them all.
+_NAMED_MAX = 10
+
+
+@contextmanager
+def open_store(path: str, *, writable: bool = False) -> Iterator[Store]:
+    """Open the store at *path* for the length of a command, and tell about damage found on the way."""
+    with Store.open(path, writable=writable) as store:
+        damage = store.report.damage
+        for item in damage[:_NAMED_MAX]:
+            complain(f"damaged: {damage_line(store, item)}")
+        if len(damage) > _NAMED_MAX:
+            complain(f"{len(damage) - _NAMED_MAX:,} more damaged places; imgfs check {path} names them all")
+        yield store
+
+
+def damage_line(store: Store, damage: Damage) -> str:
+    """Return where the damage is, which image has it, and what it is."""
+    place = f"volume {damage.volume}, offset {damage.offset}"
+    if damage.inode:
+        place += f", {os.fsdecode(path_of(store, damage.inode))}"
+    return f"{place}: {damage.text}"
+
+
+def path_of(store: Store, inode: int) -> bytes:
+    """Return the path of *inode* from the top of the store; its number where names are lost."""
+    names: list[bytes] = []
+    at = inode
+    try:
+        while at != ROOT:
+            names.append(store.name(at))
+            at = store.parent(at)
+    except ImgfsError:
+        return b"inode %d" % inode
+    return b"/".join(reversed(names))

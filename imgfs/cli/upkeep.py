@@ -1,0 +1,133 @@
+"""`imgfs mkfs`, `imgfs check` and `imgfs rebuild-index`: a store's beginning and its health.
+
+Owns what is printed about them. Must not know how a store is checked or opened.
+"""
+
+import errno
+import os
+import shlex
+import sys
+
+import click
+
+from imgfs.check import Checked
+from imgfs.cli.copying import quiet_option
+from imgfs.cli.opening import damage_line
+from imgfs.cli.progress import Progress, rate
+from imgfs.cli.text import binary_size, complain, counted, echo, parse_size
+from imgfs.errors import EXIT_DAMAGED, EXIT_REPAIRED, Busy, DiskFailure
+from imgfs.rebuild import remove_index
+from imgfs.recover import Damage
+from imgfs.settings import Settings
+from imgfs.store import Store, make_store
+
+
+@click.command("mkfs")
+@click.argument("store_path", metavar="STORE")
+@click.option("--volume-size", metavar="SIZE", type=parse_size, help="Seal a volume before it grows past this. [1G]")
+def mkfs_command(store_path: str, volume_size: int | None) -> None:
+    """Make a new, empty store in the directory STORE, which must be empty or missing.
+
+    Best is a directory on XFS. SIZE may be written as 64K, 512M or 1G.
+
+    \b
+    Example:
+      imgfs mkfs /srv/photos.imgfs
+    """
+    settings = Settings() if volume_size is None else Settings(volume_bytes_max=volume_size)
+    make_store(store_path, settings, uid=os.geteuid(), gid=os.getegid())
+    shown = shlex.quote(store_path)
+    echo(f"made a store in {store_path} (volumes of {binary_size(settings.volume_bytes_max)})")
+    echo(f"next: imgfs mount --daemon {shown} MOUNTPOINT, or imgfs import DIR {shown}")
+
+
+@click.command("check")
+@click.argument("store_path", metavar="STORE")
+@quiet_option
+def check_command(store_path: str, quiet: bool) -> None:
+    """Read all of STORE and verify every checksum, and that every image is where the store looks for it.
+
+    Index files that are missing or wrong are made anew. A store that is mounted is read beside its daemon, and not
+    repaired. The exit code is 0 for a clean store, 4 if something was repaired, 3 if something is damaged; then a
+    line names each damaged place and its image.
+
+    \b
+    Example:
+      imgfs check /srv/photos.imgfs
+    """
+    with _open_to_check(store_path) as store:
+        report = store.report
+        for path in report.rebuilt:
+            complain(f"{'made anew' if store.writable else 'wrong, to be made anew at the next mount'}: {path}")
+        if report.torn_bytes:
+            complain(f"{report.torn_bytes:,} bytes were torn by a crash before they were durable, and are left out")
+        damaged = _check(store, quiet=quiet)
+    if damaged:
+        raise click.exceptions.Exit(EXIT_DAMAGED)
+    if report.rebuilt:
+        raise click.exceptions.Exit(EXIT_REPAIRED)
+
+
+def _open_to_check(path: str) -> Store:
+    """Open the store for writing, so that it can be repaired; for reading where that cannot be."""
+    try:
+        return Store.open(path)
+    except Busy:
+        pass
+    except DiskFailure as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    return Store.open(path, writable=False)
+
+
+def _check(store: Store, *, quiet: bool) -> int:
+    """Check the open store, show it, and return how many places are damaged."""
+    needles = volume_bytes = 0
+    seen: set[tuple[int, int]] = set()
+    with Progress("checking", sys.stderr, "needle", data_bytes=store.counts().volume_bytes, quiet=quiet) as progress:
+
+        def tell(damage: Damage) -> None:
+            # What opening the store has met, the check meets again.
+            if (damage.volume, damage.offset) not in seen:
+                seen.add((damage.volume, damage.offset))
+                progress.message(f"imgfs: damaged: {damage_line(store, damage)}")
+
+        for step in store.check():
+            if isinstance(step, Checked):
+                needles, volume_bytes = step
+                progress.show(needles, volume_bytes)
+            else:
+                tell(step)
+        for damage in store.report.damage:
+            tell(damage)
+        seconds = progress.seconds
+    if not quiet:
+        result = f"{counted(len(seen), 'damaged place')}" if seen else "nothing is damaged"
+        speed = rate(needles, "needle", volume_bytes, seconds)
+        amount = f"{counted(needles, 'needle')} ({volume_bytes / 1e6:,.1f} MB)"
+        echo(f"{result}: checked {amount} in {seconds:,.1f} s: {speed}")
+    return len(seen)
+
+
+@click.command("rebuild-index")
+@click.argument("store_path", metavar="STORE")
+def rebuild_index_command(store_path: str) -> None:
+    """Remove the index files of STORE and make them anew from the volumes.
+
+    A store does this by itself where it finds an index file wrong; by hand it is needed only where the files are
+    wrong in a way that their checksums do not show. The store must not be mounted.
+
+    \b
+    Example:
+      imgfs rebuild-index /srv/photos.imgfs
+    """
+    removed = remove_index(store_path)
+    with Store.open(store_path) as store:
+        for damage in store.report.damage:
+            complain(f"damaged: {damage_line(store, damage)}")
+        counts = store.counts()
+    entries = counts.images + counts.directories + counts.symlinks
+    echo(f"made {counted(len(removed), 'index file')} anew for {counted(entries, 'entry')}")
+    if store.report.damage:
+        raise click.exceptions.Exit(EXIT_DAMAGED)
