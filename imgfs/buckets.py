@@ -33,6 +33,7 @@ from imgfs.memory import Memory
 _U32 = struct.Struct("<I")
 _HASH_BITS = 24
 _LOAD = 4  # records per bucket: one byte of bucket memory per record
+BUCKETS_MAX = 1 << _HASH_BITS
 _ONE_BUCKET_MAX = 2 * _LOAD  # below this the directory's own record holds its only bucket
 # Only a reader that overtakes a writer can walk further; the sequence counter makes it start again.
 _CHAIN_MAX = 1 << 20
@@ -47,7 +48,7 @@ def reversed_hash(value: int) -> int:
 
 def bucket_count(children: int) -> int:
     """Return how many buckets a directory of so many children has."""
-    return children // _LOAD if children >= _ONE_BUCKET_MAX else 1
+    return min(children // _LOAD, BUCKETS_MAX) if children >= _ONE_BUCKET_MAX else 1
 
 
 def bucket_of(value: int, buckets: int) -> int:

@@ -97,15 +97,13 @@ class Disk:
 
     def write(self, file: int, offset: int, buffers: Sequence[Buffer]) -> None:
         """Write *buffers* one after the other at *offset*, all of them or an OSError."""
-        pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
-        while pending:
-            done = os.pwritev(file, pending[:_IOV_MAX], offset)
+        left = sum(map(len, buffers))
+        while left:
+            done = os.pwritev(file, buffers[:_IOV_MAX], offset)
             offset += done
-            while pending and done >= len(pending[0]):
-                done -= len(pending[0])
-                pending.pop(0)
-            if done:
-                pending[0] = pending[0][done:]
+            left -= done
+            if left:
+                buffers = _behind(buffers, done)
 
     def truncate(self, file: int, size: int) -> None:
         """Cut or extend *file* to *size* bytes."""
@@ -202,3 +200,12 @@ class Disk:
             return True
         fcntl.flock(file, fcntl.LOCK_UN)
         return False
+
+
+def _behind(buffers: Sequence[Buffer], done: int) -> list[Buffer]:
+    """Return what is left of *buffers* behind their first *done* bytes."""
+    pending: list[Buffer] = [memoryview(buffer) for buffer in buffers]
+    while done >= len(pending[0]):
+        done -= len(pending.pop(0))
+    pending[0] = memoryview(pending[0])[done:]
+    return pending

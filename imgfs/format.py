@@ -16,11 +16,11 @@ from typing import NamedTuple
 import xxhash
 from crc32c import crc32c
 
-from imgfs import __version__
 from imgfs.disk import Buffer
 from imgfs.errors import Damaged, NewerFormat
 
 FORMAT_VERSION = 1
+READABLE_BY = "0.1.0"  # the first release that reads this version
 # Feature bits this release understands: a set bit outside the first mask makes the store unreadable for it.
 KNOWN_INCOMPATIBLE = 0
 KNOWN_COMPATIBLE = 0
@@ -141,7 +141,7 @@ def unpack_extras(data: Buffer) -> dict[int, bytes]:
 
 def pack_volume_header(header: VolumeHeader) -> bytes:
     """Return the first `NEEDLES_START` bytes of a volume: both copies of *header*."""
-    tagged: dict[int, bytes] = {Tag.READABLE_BY: __version__.encode()}
+    tagged: dict[int, bytes] = {Tag.READABLE_BY: READABLE_BY.encode()}
     if header.previous is not None:
         previous = header.previous
         ends = PREVIOUS_END.pack(previous.volume_id, previous.torn_bytes)
@@ -459,7 +459,7 @@ def pack_superblock(superblock: Superblock) -> bytes:
         "format": FORMAT_VERSION,
         "incompatible": 0,
         "compatible": 0,
-        "readable_by": __version__,
+        "readable_by": READABLE_BY,
         "store": str(uuid.UUID(bytes=superblock.store_id)),
         "volume_bytes_max": superblock.volume_bytes_max,
     }

@@ -123,7 +123,8 @@ class Filesystem(pyfuse3.Operations):
 
     async def sync(self) -> None:
         """Make durable all that was answered so far."""
-        await self._group_sync.wait()
+        if self._store.writable:
+            await self._group_sync.wait()
 
     # -- names ------------------------------------------------------------------------------------------------
 
@@ -193,7 +194,8 @@ class Filesystem(pyfuse3.Operations):
         if mode is None and (fields.update_uid or fields.update_gid or (fields.update_size and ctx.uid)):
             mode = self._mode_without_set_id(inode)
         if fields.update_size:
-            await self._change_of(store.attr(inode).size, store.truncate, inode, attr.st_size)
+            size = max(store.attr(inode).size, attr.st_size)
+            await self._change_of(size, store.truncate, inode, attr.st_size)
         changes = {"mode": mode, "uid": uid, "gid": gid, "mtime_ns": mtime_ns}
         if any(value is not None for value in changes.values()):
             await self._change(functools.partial(store.set_attr, inode, **changes))
@@ -244,7 +246,7 @@ class Filesystem(pyfuse3.Operations):
         pass
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        await self._group_sync.wait()
+        await self.sync()
 
     # -- open images ------------------------------------------------------------------------------------------
 
@@ -288,16 +290,24 @@ class Filesystem(pyfuse3.Operations):
         await self._commit(fh)
 
     async def release(self, fh: int) -> None:
+        store = self._store
+        size = store.flush_bytes(fh)
+        if not size:
+            await self._change(store.release, fh)
+            return
+        # It is dirty again: a mapping wrote after the last close, or that failed and this is the last try.
+        inode = store.handle_inode(fh)
+        parent, name = store.parent(inode), store.name(inode)
         try:
-            # It may be dirty again: a mapping can write after the last close.
-            await self._change_of(self._store.flush_bytes(fh), self._store.release, fh)
+            await self._change_of(size, store.release, fh)
         except ImgfsError as error:
-            log.error("what was written through a mapping, or after an error of close, is lost: %s", error)
+            log.error("what was written to %r is lost: %s", name, error)
+            await self._in_thread(_forget_in_kernel, inode, parent, name)
             raise
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._commit(fh)
-        await self._group_sync.wait()
+        await self.sync()
 
     # -- how the store is called ------------------------------------------------------------------------------
 
@@ -313,6 +323,9 @@ class Filesystem(pyfuse3.Operations):
 
     async def _change(self, change: Callable[..., T], *args: Any) -> T:
         """Return `change(*args)`, a change that takes no longer than it would take to hand it to a thread."""
+        if self._store.must_roll(0):
+            async with self._changes:
+                return await self._in_thread(change, *args)
         # Nothing runs between this test and the end of the call, so the lock need not be taken: that would cost
         # a turn of the loop. Who waits for it holds it from the moment its holder lets go, and is not overtaken.
         if self._changes.locked():
@@ -322,7 +335,7 @@ class Filesystem(pyfuse3.Operations):
 
     async def _change_of(self, size: int, change: Callable[..., T], *args: Any) -> T:
         """Return `change(*args)`, a change that copies *size* bytes: from a thread if they are many."""
-        if size <= INLINE_BYTES:
+        if size <= INLINE_BYTES and not self._store.must_roll(size):
             return await self._change(change, *args)
         async with self._changes:
             return await self._in_thread(change, *args)
@@ -390,6 +403,18 @@ class Filesystem(pyfuse3.Operations):
         # Without the group's x bit, set-gid once meant mandatory locking, not a privilege.
         drop = stat.S_ISUID | (stat.S_ISGID if attr.mode & stat.S_IXGRP else 0)
         return attr.mode & ~drop if attr.mode & drop else None
+
+
+def _forget_in_kernel(inode: int, parent: int, name: bytes) -> None:
+    """Let the kernel ask again what it remembers of an image: the bytes in its page cache never became the image.
+
+    Waits for requests that are under way, so it must be called in a thread.
+    """
+    for forget, arguments in ((pyfuse3.invalidate_inode, (inode,)), (pyfuse3.invalidate_entry, (parent, name))):
+        try:
+            forget(*arguments)
+        except OSError:
+            pass  # it remembers nothing
 
 
 def _first_entries(store: Store, directory: int, after: int) -> list[Entry]:

@@ -376,13 +376,28 @@ class Images:
             piece = self._staging.read(number, at, wanted)
             yield piece + bytes(wanted - len(piece))
 
+    def drop_staged(self, inode: int) -> None:
+        """Within the lock: forget what is staged of *inode*, which was put anew; its writers go on from there."""
+        number = self._staging.find(inode)
+        if number >= 0:
+            self._set_staged(inode, on=False)
+            self._staging.end(number)
+
+    def is_left_over(self, inode: int) -> bool:
+        """Return whether *inode* is unlinked and something is staged of it still, for those who have it open."""
+        record = self._table.whole_record(slot_of(inode))
+        return not record.live and bool(record.flags & Flag.STAGED) and record.generation == inode >> 32
+
     def end_staging(self, inode: int) -> None:
         """Within the lock: forget what is staged of *inode*, once nobody can write to it or, unlinked, read it."""
         number = self._staging.find(inode)
         slot = slot_of(inode)
-        live = self._table.record(slot).live
-        if number >= 0 and not (self._handles.writers(inode) if live else self._handles.in_use(slot)):
-            self._set_staged(inode, on=False)
+        record = self._table.record(slot)
+        current = record.generation == inode >> 32
+        needed = current and (self._handles.writers(inode) if record.live else self._handles.in_use(slot))
+        if number >= 0 and not needed:
+            if current:
+                self._set_staged(inode, on=False)
             self._staging.end(number)
 
 

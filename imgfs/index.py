@@ -89,7 +89,10 @@ def pack_record(needle: Needle, offset: int, name_offset: int, value: int) -> by
 
 
 class Names:
-    """The names of one volume: a file, and for a store that must not be written what the file lacks."""
+    """The names of one volume: a file, and for a store that must not be written what the file lacks.
+
+    From *tail_start* on the names are those in *tail*, if there is one.
+    """
 
     def __init__(self, disk: Disk, file: int | None, tail_start: int = 0, tail: bytes = b"") -> None:
         self._disk = disk
@@ -113,6 +116,12 @@ class Names:
         if not data or len(data) <= data[0]:
             raise Damaged(f".names ends within the name at offset {offset}; run imgfs rebuild-index")
         return data[1 : 1 + data[0]]
+
+    def add(self, name: bytes) -> int:
+        """Keep *name* in memory, behind all others, and return its offset; for a volume nobody appends to."""
+        offset = self._tail_start + len(self._tail)
+        self._tail += pack_name(name)
+        return offset
 
     def prefetch(self) -> None:
         """Let the disk read all names into the page cache."""

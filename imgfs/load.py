@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from imgfs.buckets import bucket_count
+from imgfs.buckets import BUCKETS_MAX, bucket_count
 from imgfs.format import INDEX_RECORD_BYTES, Kind
 from imgfs.layout import (
     ARENA_AT,
@@ -210,7 +210,7 @@ class Loader:
         words = self._memory.words
         directories, counts = np.unique(parent, return_counts=True)
         table["size"][directories] = counts
-        buckets = np.where(counts >= bucket_threshold(), counts // 4, 1)
+        buckets = np.where(counts >= bucket_threshold(), np.minimum(counts // 4, BUCKETS_MAX), 1)
         classes = np.maximum(0, np.ceil(np.log2(np.maximum(buckets, 1))).astype(np.int64) - 2)
         units = np.where(buckets > 1, np.left_shift(1, classes), 0)
         starts = words[Word.ARENA_END] + np.cumsum(units) - units
@@ -280,6 +280,29 @@ def stale_directories(memory: Memory) -> Iterable[int]:
     """Return the slots of the directories that changed since their last needle."""
     flags = np.frombuffer(memory.map, RECORDS, memory.words[Word.SLOTS], RECORDS_AT)["flags"]
     return [int(slot) for slot in np.flatnonzero(flags & Flag.STALE_MTIME)]
+
+
+def stray_slots(memory: Memory) -> list[int]:
+    """Return the slots of live records, but for the root, that name no live directory as theirs."""
+    table, slots = _live(memory)
+    directories = slots[table["flags"][slots] & Flag.KIND == Kind.DIRECTORY]
+    stray = ~np.isin(table["parent"][slots].astype(np.int64) - 1, directories)
+    return [int(slot) for slot in slots[stray] if slot]
+
+
+def twin_slots(memory: Memory) -> list[int]:
+    """Return the slots of live records that have directory and hash of the name in common with another."""
+    table, slots = _live(memory)
+    slots = slots[slots > 0]
+    places = table["parent"][slots].astype(np.int64) << 24 | (table["hash_generation"][slots] & 0xFF_FFFF)
+    _, group, count = np.unique(places, return_inverse=True, return_counts=True)
+    return [int(slot) for slot in slots[count[group] > 1]]
+
+
+def _live(memory: Memory) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
+    """Return the records, and the slots of those that have a name."""
+    table = np.frombuffer(memory.map, RECORDS, memory.words[Word.SLOTS], RECORDS_AT)
+    return table, np.flatnonzero((table["flags"] & Flag.KIND != 0) & (table["flags"] & Flag.DEAD == 0))
 
 
 def live_bytes(memory: Memory) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

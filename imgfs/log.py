@@ -9,6 +9,7 @@ Order of an append (docs/crash.md): needle, name, index record, table. The needl
 """
 
 import os
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +22,7 @@ from imgfs.format import (
     INDEX_RECORD_BYTES,
     NAMES_BYTES_LIMIT,
     NEEDLES_START,
+    PUT_KINDS,
     VOLUME_BYTES_LIMIT,
     Checksums,
     IndexState,
@@ -33,7 +35,7 @@ from imgfs.format import (
     inode_of,
 )
 from imgfs.index import checkpoint, empty_state, index_paths, names_a_name, names_header, pack_name, pack_record
-from imgfs.layout import VOLUME_SEALED, Word
+from imgfs.layout import VOLUME_SEALED, WORDS_AT, Word
 from imgfs.load import stale_directories
 from imgfs.settings import MIB, Settings
 from imgfs.table import Place, Table, VolumeEntry
@@ -42,9 +44,16 @@ from imgfs.volumes import volume_path
 
 # XFS allocates a large volume in extents of this size, so that a scan reads it in long runs.
 _EXTENT_BYTES = 16 * MIB
+# Kept free below the format's limit, for the needles that settle directories and seal the volume.
+_END_BYTES = 64 * MIB
+# More than the headers and names of any change that is not large.
+_ROLL_BYTES = 4096
 # Data up to this size is written in one call with its header and footer.
 SMALL_BYTES = 1 * MIB
 NO_DATA = Checksums(0, ())
+# The words from ACTIVE_END to NAMES_CRC, which every append moves on.
+_PROGRESS = struct.Struct("<6Q")
+assert Word.NAMES_CRC - Word.ACTIVE_END == 5
 
 
 class Log:
@@ -92,15 +101,17 @@ class Log:
 
     # -- volumes ----------------------------------------------------------------------------------------------
 
-    def make_durable(self, path: str) -> None:
-        """Make the volume at *path* and its name durable, as a writer that was killed may not have done.
+    def make_durable(self, path: str, mark: int, end: int) -> None:
+        """Make the volume at *path* and its name durable up to *end*, as a writer that was killed may not have done.
 
         Comes before anything is appended to it or to a volume after it: what a later sync covers must not lie behind
-        what power loss can still take.
+        what power loss can still take. What no *mark* vouches for is written again in place, the same bytes: after
+        a sync that failed, the kernel holds lost pages for clean, and another sync would call them durable.
         """
         with self._disk_errors(path):
-            volume = Volume.open(self._disk, path)
+            volume = Volume.open(self._disk, path, writable=True)
             try:
+                volume.write_again(mark, end)
                 volume.sync()
             finally:
                 volume.close()
@@ -209,16 +220,21 @@ class Log:
         with self._memory.change():
             self._table.set_volume(entry, row._replace(end=self._words[Word.ACTIVE_END], flags=VOLUME_SEALED))
 
+    def must_roll(self, size: int) -> bool:
+        """Return whether appending *size* bytes may have to seal the volume first, which waits for the disk."""
+        return self._words[Word.ACTIVE_END] + size + _ROLL_BYTES > self._settings.volume_bytes_max
+
     def _make_room(self, needle: Needle, length: int) -> None:
         """Roll to a new volume if *needle* does not fit into this one."""
         end = self._words[Word.ACTIVE_END] + length
         names_end = self._words[Word.NAMES_END] + 1 + len(needle.name)
-        fits = end <= self._settings.volume_bytes_max and names_end <= NAMES_BYTES_LIMIT
+        limit = min(self._settings.volume_bytes_max, VOLUME_BYTES_LIMIT - _END_BYTES)
+        fits = end <= limit and names_end <= NAMES_BYTES_LIMIT
         row = self._table.volume(self._words[Word.ACTIVE])
         if row.flags & VOLUME_SEALED:
             self.begin_volume()
         elif not fits and self._words[Word.ACTIVE_END] > NEEDLES_START:
-            if needle.data_size == 0 and end <= VOLUME_BYTES_LIMIT and not self._has_room(0):
+            if needle.data_size == 0 and end <= VOLUME_BYTES_LIMIT - _END_BYTES // 2 and not self._has_room(0):
                 return  # the disk is full: what takes no data may still go here, so that images can be deleted
             self._seal()
             self.begin_volume()
@@ -246,7 +262,7 @@ class Log:
         if self._failed:
             raise DiskFailure(self._failed)
         length = aligned(needle.length)
-        if needle.data_size and not self._has_room(length):
+        if needle.kind in PUT_KINDS and not self._has_room(length):
             raise StoreFull("the disk is full: delete images or add space")
         with self._disk_errors(self.volume.path):
             self._make_room(needle, length)
@@ -301,14 +317,19 @@ class Log:
             place = Place(entry, state.end, name_offset)
             with self._memory.change():
                 self._table.apply(needle, place)
-                put = self._memory.put_word
-                put(Word.ACTIVE_END, state.end + needle.length)
-                put(Word.NEXT_SEQUENCE, needle.sequence + 1)
-                put(Word.INDEX_RECORDS, state.records + 1)
-                put(Word.INDEX_CRC, crc32c(record, state.records_crc))
-                if name_data:
-                    put(Word.NAMES_END, state.names_bytes + len(name_data))
-                    put(Word.NAMES_CRC, crc32c(name_data, state.names_crc))
+                self._memory.put_word(Word.NEXT_SEQUENCE, needle.sequence + 1)
+                # One entry of the journal for all six.
+                self._memory.put(
+                    WORDS_AT + 8 * Word.ACTIVE_END,
+                    _PROGRESS.pack(
+                        state.end + needle.length,
+                        words[Word.DURABLE],
+                        state.records + 1,
+                        crc32c(record, state.records_crc),
+                        state.names_bytes + len(name_data),
+                        crc32c(name_data, state.names_crc),
+                    ),
+                )
         except (Exception, KeyboardInterrupt):
             self._undo(state)
             raise

@@ -16,8 +16,8 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from imgfs.layout import (
@@ -42,6 +42,32 @@ _MAP_NORESERVE = 0x4000
 _WRITER_PATIENCE_S = 0.05
 
 
+class _Lock:
+    """`with memory.lock()`: an object that is there already; a generator for each use takes three times as long."""
+
+    def __init__(self, memory: "Memory") -> None:
+        self._memory = memory
+
+    def __enter__(self) -> None:
+        self._memory.acquire()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._memory.release()
+
+
+class _Change:
+    """`with memory.change()`, likewise."""
+
+    def __init__(self, memory: "Memory") -> None:
+        self._memory = memory
+
+    def __enter__(self) -> None:
+        self._memory.begin()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._memory.end(error)
+
+
 class Memory:
     """The mapping and its discipline; `descriptor` is what another process needs to map the same."""
 
@@ -61,11 +87,16 @@ class Memory:
         # would share its lock with the parent.
         self._lock_file = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
         self._lock_depth = 0
+        self._lock = _Lock(self)
+        self._change = _Change(self)
 
     def close(self) -> None:
         """Unmap; the memory is gone with its last mapping."""
         self.words.release()
-        self.map.close()
+        try:
+            self.map.close()
+        except BufferError:
+            pass  # the traceback of an error still holds a view; the mapping goes with it
         os.close(self._lock_file)
         os.close(self.descriptor)
 
@@ -75,35 +106,49 @@ class Memory:
 
     # -- writing ----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Be the only writer; a change that a killed writer left half done is undone first."""
-        with self._thread_lock:
+        return self._lock
+
+    def acquire(self) -> None:
+        """Enter `lock`."""
+        self._thread_lock.acquire()
+        try:
             if not self._lock_depth:
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX)
             self._lock_depth += 1
-            try:
-                if self.words[Word.COUNTER] & 1 and self._lock_depth == 1:
-                    self._roll_back()
-                yield
-            finally:
-                self._lock_depth -= 1
-                if not self._lock_depth:
-                    fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+        except BaseException:
+            self._thread_lock.release()
+            raise
+        if self.words[Word.COUNTER] & 1 and self._lock_depth == 1:
+            self._roll_back()
 
-    @contextmanager
-    def change(self) -> Iterator[None]:
+    def release(self) -> None:
+        """Leave `lock`."""
+        self._lock_depth -= 1
+        try:
+            if not self._lock_depth:
+                fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+        finally:
+            self._thread_lock.release()
+
+    def change(self) -> AbstractContextManager[None]:
         """Within `lock`: make the stores of this block one step for every reader; an exception undoes them."""
+        return self._change
+
+    def begin(self) -> None:
+        """Enter `change`."""
         words = self.words
         words[Word.JOURNAL] = 0
         words[Word.COUNTER] += 1
-        try:
-            yield
-        except BaseException:
+
+    def end(self, error: BaseException | None) -> None:
+        """Leave `change`."""
+        if error is not None:
             # KeyboardInterrupt too: the next change would forget the before-images of this one.
             self._roll_back()
-            raise
-        words[Word.COUNTER] += 1
+        else:
+            self.words[Word.COUNTER] += 1
 
     def put(self, offset: int, data: bytes) -> None:
         """Within `change`: store *data* at *offset*, its before-image saved."""

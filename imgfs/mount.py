@@ -18,6 +18,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import NoReturn
 
@@ -40,11 +41,16 @@ SYSTEM_LOG = "/dev/log"
 
 # The writer knows of every change; a reader beside another writer does not.
 TIMEOUT_S = 86_400.0
-FOLLOWER_TIMEOUT_S = 1.0
+READER_TIMEOUT_S = 1.0
 # A mount that does not answer its own process for so long never will.
 FIRST_ANSWER_S = 30.0
 # Who still uses a mount that was told to stop gets so long to finish.
 GRACE_S = 5.0
+# `umount` of the system returns before the daemon has closed the store; a `mount` right behind it waits.
+CLOSING_S = 10.0
+CLOSING_POLL_S = 0.05
+# Damaged places that are named one by one at the start.
+DAMAGE_NAMED = 100
 
 
 def mount(store_path: str, mountpoint_path: str, options: MountOptions, *, daemon: bool) -> int:
@@ -68,7 +74,7 @@ def _serve(store_path: str, mountpoint_path: str, options: MountOptions, ready: 
     _check_fuse(options)
     path = mountpoint.prepare(mountpoint_path, store_path)
     _raise_file_limit()
-    with Store.open(store_path, writable=options.writable) as store:
+    with _open(store_path, options) as store:
         _log_recovery(store)
         try:
             trio.run(_mounted, store, path, options, ready)
@@ -81,7 +87,7 @@ def _serve(store_path: str, mountpoint_path: str, options: MountOptions, ready: 
 async def _mounted(store: Store, path: str, options: MountOptions, ready: Callable[[], None]) -> None:
     timeout_s = options.timeout_s
     if timeout_s is None:
-        timeout_s = TIMEOUT_S if options.writable else FOLLOWER_TIMEOUT_S
+        timeout_s = TIMEOUT_S if options.writable else READER_TIMEOUT_S
     sync_interval_s = options.sync_interval_s or Settings().sync_interval_s
     filesystem = Filesystem(store, timeout_s=timeout_s)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals, _fuse(filesystem, store, path, options):
@@ -152,12 +158,16 @@ async def _announce(path: str, options: MountOptions, ready: Callable[[], None])
 
 
 async def _sync_regularly(filesystem: Filesystem, interval_s: float) -> None:
+    told = ""
     while True:
         await trio.sleep(interval_s)
         try:
             await filesystem.sync()
         except (ImgfsError, OSError) as error:
-            log.error("sync: %s", error)
+            # It will not get better by itself; every interval the same line would only hide the others.
+            if str(error) != told:
+                told = str(error)
+                log.error("sync: %s", told)
 
 
 async def _stop_at_signal(signals: AsyncIterator[int], path: str) -> None:
@@ -219,6 +229,18 @@ def _raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def _open(store_path: str, options: MountOptions) -> Store:
+    """Open the store; if its last daemon has left the mount table but is still closing it, wait for that."""
+    deadline = time.monotonic() + CLOSING_S
+    while True:
+        try:
+            return Store.open(store_path, writable=options.writable)
+        except Busy:
+            if time.monotonic() > deadline or any(mount.source == store_path for mount in mountpoint.mounts()):
+                raise
+        time.sleep(CLOSING_POLL_S)
+
+
 def _log_recovery(store: Store) -> None:
     report = store.report
     if report.torn_bytes:
@@ -229,8 +251,10 @@ def _log_recovery(store: Store) -> None:
         )
     for name in report.rebuilt:
         log.warning("rebuilt %s from its volume", name)
-    for damage in report.damage:
+    for damage in report.damage[:DAMAGE_NAMED]:
         log.error("damage: %s", damage)
+    if len(report.damage) > DAMAGE_NAMED:
+        log.error("damage: %d more places; imgfs check names them all", len(report.damage) - DAMAGE_NAMED)
 
 
 @contextlib.contextmanager
@@ -318,12 +342,11 @@ def _leave_terminal(log_path: str | None) -> None:
     os.close(nothing)
     if log_path is not None:
         try:
-            file = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            with open(log_path, "ab") as file:
+                os.dup2(file.fileno(), 2)  # for what Python itself says when it crashes
         except OSError as error:
             raise MountFailed(f"cannot write the log {log_path}: {error.strerror}") from None
-        os.dup2(file, 2)
-        os.close(file)
-        _log_to(logging.StreamHandler(), "%(asctime)s imgfs[%(process)d]: %(message)s")
+        _log_to(logging.handlers.WatchedFileHandler(log_path), "%(asctime)s imgfs[%(process)d]: %(message)s")
     elif os.path.exists(SYSTEM_LOG):
         handler = logging.handlers.SysLogHandler(SYSTEM_LOG, logging.handlers.SysLogHandler.LOG_DAEMON)
         _log_to(handler, "imgfs[%(process)d]: %(message)s")

@@ -5,6 +5,7 @@ Owns the files of a store other than volumes and staging. Must not know what the
 
 import logging
 import os
+import time
 from dataclasses import dataclass, replace
 
 from imgfs.disk import Disk
@@ -18,12 +19,13 @@ from imgfs.format import (
     inode_of,
     new_superblock,
     pack_superblock,
+    slot_of,
     unpack_superblock,
 )
 from imgfs.layout import Word
 from imgfs.log import Log
 from imgfs.memory import Memory
-from imgfs.recover import VOLUMES, Recovery, RecoveryReport
+from imgfs.recover import VOLUMES, Recovery, RecoveryReport, lost_name
 from imgfs.settings import KIB, Settings
 from imgfs.table import Table
 from imgfs.volume import Volume
@@ -36,7 +38,10 @@ LOCK = "lock"
 STAGING = "staging"
 ROOT = 1  # inode of the root directory
 VOLUME_BYTES_MIN = 64 * KIB
+_AS_TEXT = ("utf-8", "backslashreplace")
 VOLUME_BYTES_MAX = 32 << 30
+_LOCK_TRIES = 5
+_LOCK_PAUSE_S = 0.01
 
 
 @dataclass
@@ -117,6 +122,7 @@ def open_parts(path: str, disk: Disk, settings: Settings | None, *, writable: bo
         try:
             opened = _open_locked(path, disk, superblock, settings, memory, lock)
         except BaseException:
+            memory.close()
             if lock is not None:
                 disk.close(lock)
             raise
@@ -150,7 +156,7 @@ def _resume(writer: Log, recovery: Recovery, table: Table) -> None:
     tail = recovery.tail
     with writer.lock():
         if tail is not None:
-            writer.make_durable(tail.path)
+            writer.make_durable(tail.path, tail.durable, tail.state.end)
         if tail is None or tail.sealed:
             writer.begin_volume()
         elif tail.torn_bytes:
@@ -167,29 +173,34 @@ def _resume(writer: Log, recovery: Recovery, table: Table) -> None:
                 checkpointed=tail.checkpointed,
             )
         if not table.is_directory(0):
-            # Every needle of the root was damaged, or there is no volume left: the rest hangs from a new one.
-            needle = Needle(Kind.DIRECTORY, ROOT, ROOT, mode=0o755, mtime_ns=writer.now_ns())
-            writer.append(needle, [])
+            # No volume is left, but the store is one: it begins anew.
+            writer.append(Needle(Kind.DIRECTORY, ROOT, ROOT, mode=0o755, mtime_ns=writer.now_ns()), [])
         for index in range(table.memory.words[Word.OWNERS]):
             if table.owner_volume(index) < 0:
                 writer.define_owner(*table.owner(index))
-        _adopt(writer, recovery.orphans, table)
+        _write_down(writer, recovery, table)
 
 
-def _adopt(writer: Log, orphans: list[int], table: Table) -> None:
-    """Give every directory that was lost with its needle a name under the root, and its entries back."""
-    for slot in orphans:
-        record = table.record(slot)
-        if not record.live:
+def _write_down(writer: Log, recovery: Recovery, table: Table) -> None:
+    """Append the needles that say what recovery did about damage: it gave entries new names, and directories."""
+    for inode in recovery.lost_directories:
+        record = table.record(slot_of(inode))
+        if not table.is_directory(slot_of(inode)) or record.generation != inode >> 32:
             continue
-        parent = record.parent - 1
-        if not table.is_directory(parent):
-            inode = inode_of(parent, table.record(parent).generation)
-            name = f"lost+found-{inode}".encode()
-            writer.append(Needle(Kind.DIRECTORY, inode, ROOT, name, mode=0o755, mtime_ns=writer.now_ns()), [])
-            log.warning("the directory with inode %d was damaged: its entries are in /%s", inode, name.decode())
-        with table.memory.change():
-            table.adopt(slot)
+        name = b"" if inode == ROOT else lost_name(inode)
+        if record.name_offset:  # renamed since, by a needle that is whole
+            name = recovery.volumes.get(record.name_volume).names.get(record.name_offset)
+        parent = inode_of(record.parent - 1, table.record(record.parent - 1).generation)
+        uid, gid, mode = table.owner(record.owner)
+        needle = Needle(Kind.DIRECTORY, inode, parent, name, 0, mode or 0o755, uid, gid, mtime_ns=writer.now_ns())
+        writer.append(needle, [])
+        log.warning("the directory with inode %d was damaged: its entries are in /%s", inode, name.decode(*_AS_TEXT))
+    for inode in recovery.rescued:
+        record = table.record(slot_of(inode))
+        if record.live and record.generation == inode >> 32:
+            name = lost_name(inode)
+            writer.append(Needle(Kind.RENAME, inode, ROOT, name, ctime_ns=record.ctime_s * 1_000_000_000), [])
+            log.warning("the name of inode %d is damaged or taken: it is /%s now", inode, name.decode())
 
 
 def _superblock(path: str, disk: Disk) -> tuple[Superblock, bool]:
@@ -211,13 +222,21 @@ def _superblock(path: str, disk: Disk) -> tuple[Superblock, bool]:
             continue
         volume.close()
         return Superblock(volume.header.store_id, volume.header.volume_bytes_max), True
-    raise NoStore(f"{path} has neither a whole {SUPERBLOCK} nor a volume; make a store with: imgfs mkfs {path}")
+    raise NoStore(
+        f"{path} has neither a whole {SUPERBLOCK} nor a volume: if mkfs was cut off, remove it and make it anew"
+    )
 
 
 def _take_lock(path: str, disk: Disk) -> int:
     if not disk.exists(f"{path}/{STAGING}"):
         disk.mkdir(f"{path}/{STAGING}")
     lock = disk.lock(f"{path}/{LOCK}")
+    for _ in range(_LOCK_TRIES):
+        if lock is not None:
+            break
+        # Who asks whether the store is in use holds the lock for a moment.
+        time.sleep(_LOCK_PAUSE_S)
+        lock = disk.lock(f"{path}/{LOCK}")
     if lock is None:
         raise Busy(f"{path} is in use by process {owner(path, disk) or '?'}; stop it first, or work through its mount")
     disk.truncate(lock, 0)

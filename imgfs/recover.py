@@ -6,6 +6,7 @@ checkpoint vouches for. Owns the rule that tells torn from corrupt (docs/crash.m
 *Concurrency:* runs before the store is shared.
 """
 
+import time
 from dataclasses import dataclass, field
 
 from imgfs.disk import Disk
@@ -13,10 +14,12 @@ from imgfs.errors import Damaged
 from imgfs.format import (
     FLAG_SEAL,
     INDEX_RECORD_BYTES,
+    PUT_KINDS,
     IndexState,
     Kind,
     Needle,
     PreviousEnd,
+    inode_of,
     slot_of,
 )
 from imgfs.index import (
@@ -31,12 +34,13 @@ from imgfs.index import (
     trusted_state,
 )
 from imgfs.layout import VOLUME_SEALED, Word
-from imgfs.load import Loader, rebuild_free_queue
+from imgfs.load import Loader, rebuild_free_queue, stray_slots, twin_slots
 from imgfs.table import Place, Table, VolumeEntry
 from imgfs.volume import Gap, Volume
 from imgfs.volumes import SUFFIX, OpenVolume, Volumes
 
 VOLUMES = "volumes"
+_ROOT = inode_of(0, 0)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Tail:
     entry: int
     state: IndexState
     needles: list[tuple[int, int, Needle]]  # offset, name offset
+    durable: int
     torn_bytes: int
     sealed: bool
     checkpointed: bool
@@ -92,7 +97,9 @@ class Recovery:
         self.report = RecoveryReport()
         self.volumes = Volumes(disk, self._directory, table)
         self.tail: Tail | None = None
-        self.orphans: list[int] = []
+        # What a damaged needle would have told, and a writer has to write down: inodes.
+        self.lost_directories: list[int] = []
+        self.rescued: list[int] = []
         self.next_sequence = 1
         self._owners: set[int] = set()
 
@@ -107,19 +114,29 @@ class Recovery:
         for number, volume in enumerate(found):
             last = number == len(found) - 1
             self._load(volume, ends.get(volume.header.volume_id), last=last)
-        self.orphans = self._loader.link()
+        orphans = self._loader.link()
+        self._table.replaying = True
         if self.tail is not None:
+            self._mend(orphans)
             self._replay(self.tail)
+            if self.report.damage:
+                self._mend(stray_slots(self._table.memory))
+                self._find_directory(_ROOT, of=0)
+                self._part_twins()
+        self._table.replaying = False
         rebuild_free_queue(self._table.memory)
         words = self._table.memory.words
         words[Word.NEXT_SEQUENCE] = max(words[Word.NEXT_SEQUENCE], self.next_sequence)
 
     def _open_volumes(self) -> list[Volume]:
         volumes = []
-        for name in self._disk.names(self._directory):
+        names = self._disk.names(self._directory)
+        stems = {name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)}
+        for name in names:
             path = f"{self._directory}/{name}"
-            if name.endswith(".new") and self._writable:
-                self._disk.unlink(path)  # a volume that a crash kept from being published
+            stem, _, suffix = name.partition(".")
+            if self._writable and stem not in stems and suffix in ("vol.new", "idx", "names"):
+                self._disk.unlink(path)  # a crash kept its volume from being published
             if not name.endswith(SUFFIX):
                 continue
             try:
@@ -147,8 +164,7 @@ class Recovery:
             row = VolumeEntry(header.volume_id, size, header.first_sequence, 0 if last else VOLUME_SEALED)
             entry = self._table.add_volume(row)
         # What a successor exists for is durable: sealing comes before its first needle.
-        needles, torn = self._survey(volume, trusted.end, size, all_durable=not last)
-        end = trusted.end
+        needles, durable, end = self._survey(volume, trusted.end, size, all_durable=not last)
         settled = trusted.records
         tail: list[tuple[int, int, Needle]] = []
         for number, (offset, needle) in enumerate(needles):
@@ -158,67 +174,83 @@ class Recovery:
             fresh_records += pack_record(needle, offset, name_offset, value)
             if name_offset:
                 fresh_names += pack_name(needle.name)
-            end = offset + needle.length
             tail.append((offset, name_offset, needle))
             state = checkpoint_state(needle)
             if state is not None:
                 # Up to there the index says it all; what came after may have changed directories by implication.
                 tail = [row for row in tail if row[0] >= state.end]
                 settled = trusted.records + number + 1 - len(tail)
-        sequences = [needle.sequence + 1 for _, needle in needles]
-        self.next_sequence = max(self.next_sequence, header.first_sequence, *sequences)
+        self.next_sequence = max(self.next_sequence, header.first_sequence)
         self.report.replayed_needles += len(needles)
+        final = needles[-1][1] if needles else None
+        sealed = final is not None and final.kind == Kind.CHECKPOINT and bool(final.flags & FLAG_SEAL)
         if not last:
-            settled, end = trusted.records + len(needles), size
+            settled = trusted.records + len(needles)
+            if not sealed and previous is None and not self._is_damaged_at(header.volume_id, size):
+                text = "the volume was cut short: it does not end with a seal"
+                self.report.damage.append(Damage(header.volume_id, size, 0, text))
         self._loader.add(bytes(fresh_records[: settled * INDEX_RECORD_BYTES]), entry)
 
         if fresh_records != records or fresh_names != names:
-            if not records or not fresh_records.startswith(records) or not fresh_names.startswith(names):
+            missing = not records or not names
+            if missing or not fresh_records.startswith(records) or not fresh_names.startswith(names):
                 self.report.rebuilt.append(paths.records)
             if self._writable:
                 self._rewrite(paths.records, bytes(fresh_records), records)
                 self._rewrite(paths.names, bytes(fresh_names), names)
         in_file = self._writable or names[: len(fresh_names)] == fresh_names
-        file = self._disk.open(paths.names) if in_file else None
-        self.volumes.add(entry, OpenVolume(volume, Names(self._disk, file, 0, b"" if in_file else bytes(fresh_names))))
+        if in_file:
+            kept = Names(self._disk, self._disk.open(paths.names), len(fresh_names))
+        else:
+            kept = Names(self._disk, None, 0, bytes(fresh_names))
+        self.volumes.add(entry, OpenVolume(volume, kept))
         if last:
-            final = needles[-1][1] if needles else None
-            sealed = final is not None and final.kind == Kind.CHECKPOINT and bool(final.flags & FLAG_SEAL)
             self.tail = Tail(
                 volume.path,
                 entry,
                 state_of(fresh_records, fresh_names, end),
                 tail,
-                torn,
+                durable,
+                size - end,
                 sealed,
                 checkpointed=final is not None and final.kind == Kind.CHECKPOINT and len(tail) == 1,
             )
 
+    def _is_damaged_at(self, volume_id: int, end: int) -> bool:
+        damage = self.report.damage[-1] if self.report.damage else None
+        return damage is not None and damage.volume == volume_id and damage.offset + damage.length == end
+
     def _survey(
         self, volume: Volume, start: int, size: int, *, all_durable: bool
-    ) -> tuple[list[tuple[int, Needle]], int]:
-        """Return the good needles from *start* on, and how many bytes at the end are torn.
+    ) -> tuple[list[tuple[int, Needle]], int, int]:
+        """Return the good needles from *start* on, the durable mark, and where the log ends; what follows is torn.
 
         Bytes below the highest durable mark were once on the disk: what is bad there is damage, reported and stepped
         over. Above it the log ends at the first needle that is not whole.
         """
         items = list(volume.scan(start, size))
-        marks = [item[1].durable for item in items if not isinstance(item, Gap)]
-        durable = size if all_durable else max(marks, default=0)
+        found = [item[1] for item in items if not isinstance(item, Gap)]
+        # A number is not given again, not even that of a torn needle.
+        self.next_sequence = max(self.next_sequence, *(needle.sequence + 1 for needle in found), 0)
+        durable = size if all_durable else max((needle.durable for needle in found), default=0)
         good: list[tuple[int, Needle]] = []
         for number, item in enumerate(items):
             offset = item.start if isinstance(item, Gap) else item[0]
-            if offset >= durable and (isinstance(item, Gap) or not volume.whole(item[1], offset)):
-                if not self._live_writer:
-                    self.report.torn_bytes += size - offset
-                    self.report.torn_needles += sum(not isinstance(rest, Gap) for rest in items[number:])
-                return good, size - offset
-            if isinstance(item, Gap):
-                damage = Damage(volume.header.volume_id, offset, item.end - offset, "no image can be recognised here")
+            if isinstance(item, Gap) and offset < durable:
+                end = min(item.end, durable)
+                damage = Damage(volume.header.volume_id, offset, end - offset, "no image can be recognised here")
                 self.report.damage.append(damage)
-            else:
+                offset = end
+                if end == item.end:
+                    continue
+            elif not isinstance(item, Gap) and (offset < durable or volume.whole(item[1], offset)):
                 good.append(item)
-        return good, 0
+                continue
+            if not self._live_writer:
+                self.report.torn_bytes += size - offset
+                self.report.torn_needles += sum(not isinstance(rest, Gap) for rest in items[number:])
+            return good, durable, offset
+        return good, durable, max(start, size)
 
     def _know_owner(self, needle: Needle) -> None:
         """Define the owner of a put even where the needle that did is damaged: each needle says it itself."""
@@ -255,18 +287,74 @@ class Recovery:
 
     def _replay(self, tail: Tail) -> None:
         """Apply the last needles one by one, as when they were appended."""
-        table = self._table
-        table.replaying = True
         for offset, name_offset, needle in tail.needles:
-            try:
-                with table.memory.change():
-                    table.apply(needle, Place(tail.entry, offset, name_offset))
-            except Damaged:
-                self._keep_orphan(needle, Place(tail.entry, offset, name_offset))
-        table.replaying = False
+            if needle.kind in PUT_KINDS or needle.kind == Kind.RENAME:
+                self._find_directory(needle.parent, of=needle.inode)
+            self._apply(needle, Place(tail.entry, offset, name_offset))
 
-    def _keep_orphan(self, needle: Needle, place: Place) -> None:
-        """Keep an image whose directory was lost: `Store` gives the directory another name."""
-        self.orphans.append(slot_of(needle.inode))
+    def _apply(self, needle: Needle, place: Place) -> None:
         with self._table.memory.change():
-            self._table.add_orphan(needle, place)
+            self._table.apply(needle, place)
+
+    # -- what was lost with a damaged needle ------------------------------------------------------------------
+
+    def _find_directory(self, inode: int, *, of: int) -> None:
+        """Make sure that there is a directory *inode*, in which *of* lies: one that was lost is /lost+found-INODE."""
+        if self._table.is_directory(slot_of(inode)) or of == _ROOT:
+            return
+        if inode != _ROOT:
+            self._find_directory(_ROOT, of=inode)
+        name = b"" if inode == _ROOT else lost_name(inode)
+        now_ns = time.time_ns()
+        needle = Needle(Kind.DIRECTORY, inode, _ROOT, name, mtime_ns=now_ns, ctime_ns=now_ns)
+        self._apply(needle, self._unwritten(name))
+        self.lost_directories.append(inode)
+
+    def _unwritten(self, name: bytes) -> Place:
+        """Return the place of a needle that says *name* and that a writer has yet to write."""
+        entry = self._table.memory.words[Word.VOLUMES] - 1
+        return Place(entry, 0, 0 if self._writable else self.volumes.get(entry).names.add(name))
+
+    def _mend(self, orphans: list[int]) -> None:
+        """Give the records in the slots *orphans*, whose directory was lost, a directory again."""
+        table = self._table
+        for slot in orphans:
+            record = table.record(slot)
+            parent = table.record(record.parent - 1)
+            if parent.live and parent.kind != Kind.DIRECTORY:
+                self._rescue(slot)  # its directory was removed after it had left, and the slot was used again
+                continue
+            generation = parent.generation + 1 & 0xFF if parent.flags else 0
+            self._find_directory(inode_of(record.parent - 1, generation), of=inode_of(slot, record.generation))
+            with table.memory.change():
+                table.adopt(slot)
+
+    def _rescue(self, slot: int) -> None:
+        """Give what is in *slot*, and cannot stay where it is, a name under the root."""
+        record = self._table.record(slot)
+        inode = inode_of(slot, record.generation)
+        self._find_directory(_ROOT, of=inode)
+        name = lost_name(inode)
+        needle = Needle(Kind.RENAME, inode, _ROOT, name, ctime_ns=time.time_ns())
+        self._apply(needle, self._unwritten(name))
+        self.rescued.append(inode)
+
+    def _part_twins(self) -> None:
+        """Let of several entries with one name only the latest keep it.
+
+        The needle that deleted or renamed the others is damaged.
+        """
+        twins: dict[tuple[int, bytes], list[tuple[int, int, int]]] = {}
+        for slot in twin_slots(self._table.memory):
+            record = self._table.record(slot)
+            name = self.volumes.get(record.name_volume).names.get(record.name_offset)
+            entry = (record.name_volume, record.name_offset, slot)
+            twins.setdefault((record.parent, name), []).append(entry)
+        for entries in twins.values():
+            for _, _, slot in sorted(entries)[:-1]:
+                self._rescue(slot)
+
+
+def lost_name(inode: int) -> bytes:
+    """Return the name under the root of an entry that lost its own."""
+    return b"lost+found-%d" % inode

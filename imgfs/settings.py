@@ -15,13 +15,13 @@ class Settings:
     """A volume is sealed before it grows past this, unless a single image is larger."""
 
     sync_interval_s: float = 5.0
-    """What power loss can take of images that were closed but not synced."""
+    """What power loss can take of images that were closed but not synced; it is the mount that syncs so often."""
 
     headroom_bytes: int = 16 * MIB
     """Free space below which new images are refused, so that `rm` still finds room for its needle."""
 
     checkpoint_needles: int = 65_536
-    """A start after a crash reads at most this many needles one by one, beyond what the index covers."""
+    """After so many needles the next sync writes a checkpoint: a start after a crash reads one by one what follows."""
 
     rest_slots: int = 4_096
     """Freed slots rest until so many others wait behind them, so that an old inode number stays unmistakable."""

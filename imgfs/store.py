@@ -96,7 +96,7 @@ class Store(Tree):
             self._images.open(inode, nowait=nowait)
         handle = self._handles.open(inode, WRITE if write else 0)
         try:
-            # Whoever reuses slots looks at handles after it changed the record: one of the two sees the other.
+            # The slot may have been given away between the two; from here on the handle keeps it.
             if self._images.record(inode).kind == Kind.DIRECTORY:
                 raise IsADirectory("a directory has no bytes to read")
             if truncate:
@@ -124,11 +124,14 @@ class Store(Tree):
             flags = Kind.FILE | Flag.STAGED | Flag.UNBORN
             value = self._table.hash(name) | inode >> 32 << 24
             record = Record(flags, 0, 0, slot_of(parent) + 1, 0, 0, 0, now_ns, seconds(now_ns), owner, value)
+            handle = -1
             try:
                 handle = self._handles.open(inode, WRITE)
                 with self._memory.change():
                     self._table.add_unborn(slot, record, now_ns)
             except BaseException:
+                if handle >= 0:
+                    self._handles.release(handle)
                 self._staging.end(number)
                 raise
             return inode, handle
@@ -176,6 +179,10 @@ class Store(Tree):
         inode, flags = self._handles.get(handle)
         return self._images.dirty_bytes(inode) if flags & WRITE else 0
 
+    def must_roll(self, size: int) -> bool:
+        """Return whether a change of *size* bytes may have to wait until a full volume is sealed."""
+        return self._log is not None and self._log.must_roll(size)
+
     def stage_bytes(self, handle: int) -> int:
         """Return how many bytes the next `write` would copy first: those of an image that is not being written yet."""
         inode, _ = self._handles.get(handle)
@@ -192,6 +199,8 @@ class Store(Tree):
         inode, flags = self._handles.get(handle)
         if not flags & WRITE:
             self._handles.release(handle)
+            if self._images.is_left_over(inode):
+                self._locked(lambda _: self._images.end_staging(inode))
             return
 
         def change(now_ns: int) -> None:

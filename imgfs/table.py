@@ -290,6 +290,10 @@ class Table:
             self._add_word(Word.STALE_DIRECTORIES, -1)
         if not known:
             self.count(needle.kind, 1)
+        elif old.kind != needle.kind:
+            # An import may put an image in place of a link, in one needle.
+            self.count(old.kind, -1)
+            self.count(needle.kind, 1)
         if slot and (not known or moved) and not orphan:
             self._link(slot, record)
             if not known:
@@ -423,7 +427,7 @@ class Table:
         """Change the count of images, directories or links."""
         self._add_word(_COUNTS[Kind(kind)], by)
 
-    def _add_word(self, word: Word, by: int) -> None:
+    def _add_word(self, word: int, by: int) -> None:
         self.memory.put_word(word, self.memory.words[word] + by)
 
     def _link(self, slot: int, record: Record) -> None:

@@ -107,15 +107,16 @@ class Tree(View):
                 old = self._images.record(inode)
                 if old.kind == Kind.DIRECTORY:
                     raise IsADirectory(f"{name!r} is a directory") from None
-                if old.kind != kind or old.flags & (Flag.STAGED | Flag.UNBORN):
-                    self._unlink(inode, now_ns)
-                    inode = self._new_inode()
             time_ns = now_ns if mtime_ns is None else mtime_ns
             needle = Needle(kind, inode, parent, name, size, mode, uid, gid, mtime_ns=time_ns, ctime_ns=now_ns)
             if size <= SMALL_BYTES:
-                self._images.writer().append(needle, [piece for piece in pieces if len(piece)])
+                buffers = [piece for piece in pieces if len(piece)]
+                if sum(map(len, buffers)) != size:
+                    raise InvalidArgument(f"the data of {name!r} has not the {size} bytes it was said to have")
+                self._images.writer().append(needle, buffers)
             else:
                 self._images.writer().append(needle, [], large=pieces)
+            self._images.drop_staged(inode)
             return inode
 
         return self._locked(change)

@@ -237,6 +237,11 @@ class Volume:
             raise Damaged(f"the data of this image is {abs(left)} bytes {'short' if left > 0 else 'too long'}")
         self._disk.write(self._file, at, [self._end_of(needle, builder.finish())])
 
+    def write_again(self, start: int, end: int) -> None:
+        """Write the bytes from *start* to *end* once more, as they are."""
+        for offset in range(start, end, CHUNK_BYTES):
+            self._disk.write(self._file, offset, [self.read(offset, min(CHUNK_BYTES, end - offset))])
+
     def truncate(self, size: int) -> None:
         """Cut away what a failed append left behind."""
         self._disk.truncate(self._file, size)

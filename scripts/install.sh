@@ -34,7 +34,7 @@ install_packages() {
 }
 
 if [ "${1-}" = test ]; then
-    install_packages git imagemagick mandoc nginx procps rsync sqlite3 systemd util-linux
+    install_packages git imagemagick man-db nginx procps rsync sqlite3 systemd util-linux
     touch .venv/test-ready
     exit
 fi

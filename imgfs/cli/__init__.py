@@ -27,7 +27,6 @@ from imgfs.errors import (
     ImgfsError,
 )
 
-
 # Each command: its module, and what the list of commands says of it; in the order in which one meets them.
 COMMANDS = {
     "mkfs": ("upkeep", "Make a new, empty store."),
