@@ -291,12 +291,14 @@ class Filesystem(pyfuse3.Operations):
 
     async def release(self, fh: int) -> None:
         store = self._store
-        size = store.flush_bytes(fh)
-        if not size:
+        if not store.may_write(fh):
+            store.release(fh)
+            return
+        size, inode = store.flush_bytes(fh), store.handle_inode(fh)
+        if not size or not store.attr(inode).nlink:
             await self._change(store.release, fh)
             return
         # It is dirty again: a mapping wrote after the last close, or that failed and this is the last try.
-        inode = store.handle_inode(fh)
         parent, name = store.parent(inode), store.name(inode)
         try:
             await self._change_of(size, store.release, fh)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from imgfs.disk import Buffer
-from imgfs.errors import BadHandle, Damaged, IsADirectory, ReadOnly, Stale, TooLarge, disk_error
+from imgfs.errors import BadHandle, Damaged, IsADirectory, ReadOnly, Stale, StoreFull, TooLarge, disk_error
 from imgfs.format import (
     ALIGNMENT,
     CHUNK_BYTES,
@@ -31,7 +31,7 @@ from imgfs.handles import WRITE, Handles
 from imgfs.layout import Flag
 from imgfs.log import SMALL_BYTES, Log
 from imgfs.settings import MIB
-from imgfs.staging import DIRTY, Staged, Staging
+from imgfs.staging import DIRTY, SPOILED, Staged, Staging
 from imgfs.table import Record, Table
 from imgfs.volumes import Volumes
 
@@ -286,12 +286,16 @@ class Images:
             raise TooLarge("an image has at most 4 GiB - 1 bytes")
         log = self.writer()
         with log.lock():
-            log.check_room(len(data))
-            number = self.stage(inode)
             try:
+                log.check_room(len(data))
+                number = self.stage(inode)
                 self._staging.write(number, offset, data)
             except OSError as error:
+                self._spoil(inode)
                 raise disk_error(error, "staging") from error
+            except StoreFull:
+                self._spoil(inode)
+                raise
             self._dirty(number, max(self._staging.entry(number).size, end))
         return len(data)
 
@@ -304,7 +308,17 @@ class Images:
         if size > old:
             self.writer().check_room(size - old)
         self._staging.truncate(number, size)
+        if not size:
+            entry = self._staging.entry(number)
+            self._staging.update(number, entry._replace(flags=entry.flags & ~SPOILED))
         self._dirty(number, size)
+
+    def _spoil(self, inode: int) -> None:
+        """Keep what lacks a write from becoming the image: whoever ignores the error must not lose the old one."""
+        number = self._staging.find(inode)
+        if number >= 0 and self._staging.entry(number).dirty:
+            entry = self._staging.entry(number)
+            self._staging.update(number, entry._replace(flags=entry.flags | SPOILED))
 
     def _dirty(self, number: int, size: int) -> None:
         now = self.writer().now_ns()
@@ -336,7 +350,8 @@ class Images:
         An image that was unlinked meanwhile is left as it is: nobody can find it after a crash.
 
         Raises:
-            StoreFull, DiskFailure: as `Log.append`; the old image is whole, and what is staged stays.
+            StoreFull, DiskFailure: as `Log.append`, StoreFull also if a write had found the disk full; the old image is
+                whole, and what is staged stays.
         """
         number = self._staging.find(inode)
         if number < 0:
@@ -345,6 +360,8 @@ class Images:
         record = self.record(inode)
         if not entry.dirty or not record.live:
             return
+        if entry.flags & SPOILED:
+            raise StoreFull("the disk was full when this image was written; the old one stays")
         uid, gid, mode = self._table.owner(entry.owner)
         parent = record.parent - 1
         unborn = bool(record.flags & Flag.UNBORN)

@@ -78,10 +78,8 @@ def _serve(store_path: str, mountpoint_path: str, options: MountOptions, ready: 
         _log_recovery(store)
         try:
             trio.run(_mounted, store, path, options, ready)
-        except* ImgfsError as group:
+        except BaseExceptionGroup as group:
             raise _only(group) from None
-        except* KeyboardInterrupt:
-            pass
 
 
 async def _mounted(store: Store, path: str, options: MountOptions, ready: Callable[[], None]) -> None:
@@ -110,8 +108,9 @@ def _fuse(filesystem: Filesystem, store: Store, path: str, options: MountOptions
             pyfuse3.init(filesystem, path, _fuse_options(store, options))
     except RuntimeError as error:
         raise MountFailed(f"cannot mount at {path}: {' '.join(said) or error}") from None
-    ours = mountpoint.find(path)
+    ours = None
     try:
+        ours = mountpoint.find(path)
         yield
     finally:
         # The descriptor is closed first: pages that a mapping left dirty would wait for an answer in umount.
@@ -185,13 +184,14 @@ async def _stop_at_signal(signals: AsyncIterator[int], path: str) -> None:
 async def _stop(path: str) -> None:
     try:
         await trio.to_thread.run_sync(mountpoint.take_away, path)
-        return  # the kernel ends the session when all is answered
+        # The kernel ends the session when all is answered. If not, a container has a copy of the mount.
     except Busy:
         log.warning("%s is in use; its users have %g s to finish", path, GRACE_S)
         await trio.to_thread.run_sync(functools.partial(mountpoint.take_away, path, lazy=True))
-        await trio.sleep(GRACE_S)
     except ImgfsError as error:
         log.warning("%s", error)
+    await trio.sleep(GRACE_S)
+    log.warning("somebody still uses what was mounted at %s; stopping all the same", path)
     pyfuse3.terminate()
 
 
@@ -276,9 +276,14 @@ def _stderr_into(said: list[str]) -> Iterator[None]:
         os.close(kept)
 
 
-def _only(group: BaseExceptionGroup[ImgfsError]) -> ImgfsError:
-    first = group.exceptions[0]
-    return _only(first) if isinstance(first, BaseExceptionGroup) else first
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the one exception that trio has wrapped in *group*, or *group* if there are several."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        if len(error.exceptions) > 1:
+            return group
+        error = error.exceptions[0]
+    return error
 
 
 # -- in the background ------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ PATIENCE_S = 5.0
 # Closing a store writes out what the page cache holds of it.
 CLOSE_PATIENCE_S = 120.0
 CLOSE_POLL_S = 0.01
+# The kernel tells the daemon at once that its mount is gone, unless it is not gone everywhere.
+NAMESPACE_PATIENCE_S = 1.0
 
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
@@ -201,14 +203,32 @@ def _writer_of(mount: Mount) -> int | None:
 
 
 def _wait_for_end(daemon: int | None, mount: Mount) -> None:
-    deadline = time.monotonic() + CLOSE_PATIENCE_S
+    """Wait until the process *daemon*, whose *mount* was taken away, has closed its store."""
+    start = time.monotonic()
     while daemon is not None and _writer_of(mount) == daemon:
-        if time.monotonic() > deadline:
+        waited_s = time.monotonic() - start
+        if waited_s > CLOSE_PATIENCE_S:
             raise Busy(
                 f"{mount.point} is unmounted, but its daemon (process {daemon}) has not closed {mount.source} "
                 f"within {CLOSE_PATIENCE_S:.0f} s; do not pull the plug yet"
             )
+        if waited_s > NAMESPACE_PATIENCE_S and (other := _seen_by(mount)):
+            raise Busy(
+                f"{mount.point} is unmounted here, but process {other} still has it in a mount namespace of its own, "
+                f"as containers have; end that, or the daemon (process {daemon}), to free {mount.source}"
+            )
         time.sleep(CLOSE_POLL_S)
+
+
+def _seen_by(mount: Mount) -> int | None:
+    """Return the pid of a process that has *mount* in its mount table."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if any(other.device == mount.device for other in mounts(f"/proc/{name}/mountinfo")):
+                return int(name)
+        except OSError:
+            continue  # it ended meanwhile, or is somebody else's
+    return None
 
 
 def _in_use(path: str) -> ImgfsError:

@@ -19,6 +19,7 @@ from imgfs.format import (
     Kind,
     Needle,
     PreviousEnd,
+    Tag,
     inode_of,
     slot_of,
 )
@@ -117,9 +118,8 @@ class Recovery:
         orphans = self._loader.link()
         self._table.replaying = True
         if self.tail is not None:
-            self._mend(orphans)
             self._replay(self.tail)
-            if self.report.damage:
+            if orphans or self.report.damage:
                 self._mend(stray_slots(self._table.memory))
                 self._find_directory(_ROOT, of=0)
                 self._part_twins()
@@ -290,7 +290,19 @@ class Recovery:
         for offset, name_offset, needle in tail.needles:
             if needle.kind in PUT_KINDS or needle.kind == Kind.RENAME:
                 self._find_directory(needle.parent, of=needle.inode)
+            if self.report.damage:
+                self._link_again(slot_of(needle.inode))
+                self._link_again(slot_of(needle.extra_u64(Tag.REPLACED)))
             self._apply(needle, Place(tail.entry, offset, name_offset))
+
+    def _link_again(self, slot: int) -> None:
+        """Make *slot* a child of what is now in the slot of its directory, so that a needle can take it from there.
+
+        The needle that took it out of its own is damaged, and the slot was used again.
+        """
+        if slot > 0 and self._table.is_directory(self._table.record(slot).parent - 1):
+            with self._table.memory.change():
+                self._table.adopt(slot)
 
     def _apply(self, needle: Needle, place: Place) -> None:
         with self._table.memory.change():

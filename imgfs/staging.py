@@ -17,6 +17,7 @@ from imgfs.layout import STAGED, STAGED_AT, STAGED_BYTES, STAGED_MAX, Word
 from imgfs.memory import Memory
 
 DIRTY = 1  # flag: differs from what the volumes hold
+SPOILED = 2  # flag: a write found the disk full, so that this is not what somebody meant
 
 
 class Staged(NamedTuple):

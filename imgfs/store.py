@@ -216,6 +216,10 @@ class Store(Tree):
 
         self._locked(change)
 
+    def may_write(self, handle: int) -> bool:
+        """Return whether *handle* was opened for writing. BadHandle."""
+        return bool(self._handles.get(handle)[1] & WRITE)
+
     def handle_inode(self, handle: int) -> int:
         """Return the inode that *handle* is open on. BadHandle."""
         return self._handles.get(handle)[0]

@@ -20,6 +20,7 @@ from imgfs.opening import ROOT, STAGING, Opened
 from imgfs.staging import Staging
 from imgfs.table import Record
 
+_SECOND_NS = 1_000_000_000  # records keep no more of a ctime
 # At lookup the disk is asked for at most so much of an image.
 _PREFETCH_BYTES = 2 << 20
 
@@ -134,13 +135,14 @@ class View:
             Stale: it is gone.
         """
         record = self._images.record(inode)
-        owner, size, mtime_ns, ctime_ns = record.owner, record.size, record.mtime_ns, record.ctime_s * 1_000_000_000
+        owner, size, mtime_ns, ctime_ns = record.owner, record.size, record.mtime_ns, record.ctime_s * _SECOND_NS
         kind = Kind(record.kind)
         nlink = 0 if record.flags & Flag.DEAD else 1
         if record.flags & Flag.STAGED:
             staged = self._images.staged(inode)
             if staged is not None and staged.dirty:
-                owner, size, mtime_ns, ctime_ns = staged.owner, staged.size, staged.mtime_ns, staged.ctime_ns
+                owner, size, mtime_ns = staged.owner, staged.size, staged.mtime_ns
+                ctime_ns = staged.ctime_ns // _SECOND_NS * _SECOND_NS
         elif kind == Kind.DIRECTORY:
             size = 0
             if nlink:

@@ -89,13 +89,38 @@ def test_a_full_disk_refuses_images_and_lets_them_be_deleted() -> None:
         assert tree(store) == before
     assert killed_content(store, b"old") == b"old"
     store.release(writer)
-    store.release(handle)
+    with pytest.raises(StoreFull):
+        store.release(handle)
     for number in range(count):
         store.unlink(ROOT, b"fill %d" % number)
     store.rename(ROOT, b"old", ROOT, b"kept")
     store.sync()
     store = killed(store)
-    assert {path: found.data for path, found in tree(store).items()} == {b"/kept": b"old", b"/unborn": b""}
+    assert {path: found.data for path, found in tree(store).items()} == {b"/kept": b"old"}
+    store.close()
+
+
+def test_what_lacks_a_write_never_replaces_the_old_image() -> None:
+    """A program that goes on after ENOSPC, and finds room again before it closes, would leave half an image."""
+    store = new_store(disk=SimulatedDisk(400 * KIB))
+    inode = put(store, ROOT, b"a", b"old")
+    count = fill(store)
+    store.unlink(ROOT, b"fill 0")
+    handle = store.open_image(inode, write=True, truncate=True)
+    with pytest.raises(StoreFull):
+        store.write(handle, 0, b"x" * 6000)
+    disk = disk_of(store)
+    disk.capacity_bytes = 800 * KIB
+    store.write(handle, 6000, b"y" * 10)
+    for call in (store.flush, store.fsync, store.release):
+        with pytest.raises(StoreFull, match="the old one stays"):
+            call(handle)
+    assert content(store, inode) == b"old"
+    handle = store.open_image(inode, write=True, truncate=True)
+    store.write(handle, 0, b"new")
+    store.release(handle)
+    assert content(store, inode) == b"new"
+    assert count
     store.close()
 
 

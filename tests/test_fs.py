@@ -1,0 +1,151 @@
+"""What surrounds the handlers: no exception gets past them, and those who wait for the disk share its syncs."""
+
+import errno
+import logging
+import threading
+
+import pytest
+import trio
+import trio.testing
+from pyfuse3 import FUSEError
+
+from imgfs.errors import Damaged, NotFound
+from imgfs.fs import Filesystem, GroupSync, all_answered
+
+DEADLINE_S = 30.0
+HANDLERS = """
+    lookup getattr setattr readlink mknod mkdir unlink rmdir symlink rename link open read write flush release
+    fsync opendir readdir releasedir fsyncdir statfs create
+"""
+
+
+@all_answered
+class Broken:
+    """Handlers that raise what they are told."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    async def read(self, number: int) -> int:
+        raise self._error
+
+    async def write(self, number: int) -> int:
+        return number + 1
+
+    async def _private(self) -> None:
+        raise self._error
+
+    def forget(self) -> None:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "logged"),
+    [
+        (FUSEError(errno.EPERM), errno.EPERM, ""),
+        (NotFound("no such image"), errno.ENOENT, ""),
+        (Damaged("bytes are wrong"), errno.EIO, "read: bytes are wrong"),
+        (OSError(errno.ENOSPC, "full"), errno.ENOSPC, "read: [Errno 28] full"),
+        (OSError(errno.EDQUOT, "quota"), errno.ENOSPC, "read: [Errno 122] quota"),
+        (OSError(errno.EACCES, "denied"), errno.EIO, "read: [Errno 13] denied"),
+        (ZeroDivisionError("a bug"), errno.EIO, "read failed; this is a bug"),
+        (MemoryError(), errno.EIO, "read failed; this is a bug"),
+    ],
+)
+async def test_every_exception_becomes_an_errno(
+    error: Exception, number: int, logged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Broken(error)
+    with pytest.raises(FUSEError) as caught:
+        await broken.read(1)
+    assert caught.value.errno == number
+    assert [record.getMessage()[: len(logged)] for record in caplog.records] == ([logged] if logged else [])
+    assert await broken.write(1) == 2
+
+
+async def test_a_bug_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(FUSEError):
+        await Broken(ZeroDivisionError("a bug")).read(1)
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.exc_info is not None
+    assert isinstance(record.exc_info[1], ZeroDivisionError)
+
+
+async def test_cancellation_passes() -> None:
+    @all_answered
+    class Slow:
+        async def read(self) -> None:
+            await trio.sleep_forever()
+
+    with trio.move_on_after(0) as scope:
+        await Slow().read()
+    assert scope.cancelled_caught
+
+
+def test_every_handler_of_the_filesystem_is_wrapped() -> None:
+    handlers = [name for name, value in vars(Filesystem).items() if hasattr(value, "__wrapped__")]
+    assert set(handlers) >= set(HANDLERS.split())
+
+
+class Syncs:
+    """Counts the syncs that run; each waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.started = 0
+        self.error: Exception | None = None
+        self._began = threading.Semaphore(0)
+        self._may_end = threading.Semaphore(0)
+
+    def __call__(self) -> None:
+        self.started += 1
+        self._began.release()
+        assert self._may_end.acquire(timeout=DEADLINE_S)
+        if self.error is not None:
+            raise self.error
+
+    async def wait_for_begin(self) -> None:
+        assert await trio.to_thread.run_sync(self._began.acquire, True, DEADLINE_S)
+
+    def let_go(self, runs: int) -> None:
+        self._may_end.release(runs)
+
+
+async def test_those_who_come_during_a_sync_share_the_next() -> None:
+    syncs = Syncs()
+    group = GroupSync(syncs)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(group.wait)
+        await syncs.wait_for_begin()
+        for _ in range(5):
+            nursery.start_soon(group.wait)
+        await trio.testing.wait_all_tasks_blocked()
+        assert syncs.started == 1
+        syncs.let_go(2)
+    assert syncs.started == 2
+
+
+async def test_a_failed_sync_fails_for_all_it_was_for_and_for_nobody_else() -> None:
+    syncs = Syncs()
+    syncs.error = OSError(errno.EIO, "lost")
+    group = GroupSync(syncs)
+    failed = []
+
+    async def wait() -> None:
+        try:
+            await group.wait()
+        except OSError as error:
+            failed.append(error)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await syncs.wait_for_begin()
+        for _ in range(3):
+            nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        syncs.let_go(2)
+    assert (syncs.started, len(failed)) == (2, 4)
+    syncs.error = None
+    syncs.let_go(1)
+    await wait()
+    assert (syncs.started, len(failed)) == (3, 4)
