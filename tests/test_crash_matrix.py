@@ -1,0 +1,253 @@
+"""The power is cut before every step of a workload, or the process killed: the store holds what was promised.
+
+IMGFS_SOAK=n tries n times as many random survivors, and crashes in every recovery instead of some.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+from crash_model import (
+    SETTINGS,
+    STORE,
+    Clock,
+    Snapshot,
+    Workload,
+    assert_promised,
+    assert_same,
+    content,
+    half_written,
+    large_images,
+    live_on,
+    open_store,
+    photo,
+    plain,
+    read_image,
+    recovered,
+    small_images,
+    snapshot,
+)
+from powercut import SimulatedDisk
+from survivors import EVERYTHING, NOTHING_UNSYNCED, STRATEGIES, Survivor, by_path, random_survivor
+
+from imgfs.format import Kind
+from imgfs.settings import Settings
+from imgfs.store import ROOT, make_store
+
+SOAK = int(os.environ.get("IMGFS_SOAK", "0"))
+SEEDS = 2 * (SOAK or 1)
+# Of so many different disks the recovery of one is cut again at every step, and one store lives on.
+RECOVERIES = 5 if SOAK else 101
+LIVES = 1 if SOAK else 11
+LARGE = Settings(volume_bytes_max=2 << 20, headroom_bytes=0, checkpoint_needles=3)
+REORDERED = {
+    "index without needles": by_path(".vol", NOTHING_UNSYNCED, EVERYTHING),
+    "needles without index": by_path(".vol", EVERYTHING, NOTHING_UNSYNCED),
+    "records without names": by_path(".names", NOTHING_UNSYNCED, EVERYTHING),
+}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def run(clock: Clock, operations: Callable[[Workload], None], settings: Settings = SETTINGS) -> Workload:
+    work = Workload(clock, settings)
+    work.record()
+    operations(work)
+    work.finish()
+    return work
+
+
+def survivors(seeds: int, step: int) -> Iterator[tuple[str, Survivor]]:
+    yield from STRATEGIES.items()
+    yield from REORDERED.items()
+    for seed in range(seeds):
+        yield f"seed {step * 1000 + seed}", random_survivor(step * 1000 + seed)
+
+
+def key(disk: SimulatedDisk) -> tuple[tuple[str, bytes], ...]:
+    return tuple(content(disk).items())
+
+
+class Matrix:
+    """Checks disks against the history of a workload; one that was seen before is not opened again."""
+
+    def __init__(self, work: Workload, clock: Clock) -> None:
+        self.work = work
+        self.clock = clock
+        self._seen: dict[tuple[tuple[str, bytes], ...], Snapshot] = {}
+
+    @property
+    def disks(self) -> int:
+        return len(self._seen)
+
+    def check(
+        self,
+        disk: SimulatedDisk,
+        lowest: int,
+        highest: int,
+        where: str,
+        *,
+        durable: int | None = None,
+        live: bool = False,
+    ) -> None:
+        """Check that the store on *disk* has one of the states *lowest* to *highest*; with *live*, let it live on.
+
+        *durable*: not all on the disk is; if the power goes off before the recovery ends, this state is the oldest.
+        """
+        disk_key = key(disk)
+        seen = self._seen.get(disk_key)
+        if seen is not None:
+            assert_promised(self.work.history, seen, lowest, highest, where)
+            return
+        seen = recovered(disk, self.work.settings)
+        assert key(disk) == disk_key
+        assert_promised(self.work.history, seen, lowest, highest, where)
+        self._seen[disk_key] = seen
+        if len(self._seen) % RECOVERIES == 0:
+            self._cut_recovery(disk, seen, where, durable, highest)
+        if live or len(self._seen) % LIVES == 0:
+            live_on(disk, seen, self.clock, self.work.settings)
+
+    def _cut_recovery(self, disk: SimulatedDisk, seen: Snapshot, where: str, durable: int | None, highest: int) -> None:
+        """Crash again, before each step of the recovery from *disk*."""
+        again = disk.copy()
+        moments: list[tuple[str, SimulatedDisk]] = []
+        again.before_step = lambda what: moments.append((what, again.copy()))
+        store = open_store(again, self.work.settings)
+        opened = len(moments)
+        store.close()
+        again.before_step = None
+        moments.append(("the end", again))
+        checked = {key(disk)}
+        for number, (what, moment) in enumerate(moments):
+            for name, survivor in survivors(1, number):
+                cut = moment.after_power_cut(survivor)
+                if key(cut) in checked:
+                    continue
+                again_where = f"{where}, again before {what}, {name}"
+                if durable is None or number >= opened:
+                    assert_same(recovered(cut, self.work.settings), seen, again_where)
+                    checked.add(key(cut))
+                else:
+                    then = recovered(cut, self.work.settings)
+                    assert_promised(self.work.history, then, durable, highest, again_where)
+            killed = moment.after_kill()
+            if key(killed) not in checked or durable is not None:
+                assert_same(recovered(killed, self.work.settings), seen, f"{where}, killed before {what}")
+                live_on(killed, seen, self.clock, self.work.settings)
+
+
+def cut_power(work: Workload, clock: Clock, seeds: int) -> int:
+    matrix = Matrix(work, clock)
+    for cut in work.cuts:
+        for name, survivor in survivors(seeds, cut.step):
+            disk = cut.disk.after_power_cut(survivor)
+            matrix.check(disk, cut.synced, cut.acknowledged + 1, f"{cut}, {name}")
+    return matrix.disks
+
+
+def kill(work: Workload, clock: Clock) -> None:
+    """The machine lives on, so all that was acknowledged is there; and then the power is cut after the next sync."""
+    matrix = Matrix(work, clock)
+    for number, cut in enumerate(work.cuts):
+        disks = [(f"killed {cut}", cut.disk.after_kill())]
+        # What a sync was about to cover is what the next process has to think of.
+        live = ".idx" not in cut.what and ".names" not in cut.what and "/staging/" not in cut.what
+        for share in (0.1, 0.99) if cut is not work.cuts[-1] else ():
+            torn = half_written(cut, work.cuts[number + 1], share)
+            if torn is not None:
+                disks.append((f"killed {share:.0%} through the step after {cut}", torn))
+        for where, disk in disks:
+            matrix.check(disk, cut.acknowledged, cut.acknowledged + 1, where, durable=cut.synced, live=live)
+
+
+def test_power_cut_before_every_step(clock: Clock) -> None:
+    work = run(clock, small_images)
+    volumes = [path for path in work.disk.paths() if path.endswith(".vol")]
+    assert len(volumes) >= 3, "the workload should seal volumes and begin new ones"
+    disks = cut_power(work, clock, SEEDS)
+    assert disks > 3 * len(work.cuts), "the survivors should differ"
+
+
+def test_power_cut_before_every_step_with_large_images(clock: Clock) -> None:
+    work = run(clock, large_images, LARGE)
+    assert cut_power(work, clock, SEEDS) > 20
+
+
+def test_kill_before_every_step(clock: Clock) -> None:
+    kill(run(clock, small_images), clock)
+
+
+def test_kill_before_every_step_with_large_images(clock: Clock) -> None:
+    kill(run(clock, large_images, LARGE), clock)
+
+
+def test_images_that_were_open(clock: Clock) -> None:
+    """What was written but not flushed is forgotten, whole; what was there before is whole."""
+    work = Workload(clock)
+    work.create(b"/old", photo(3000, 1))
+    work.create(b"/gone", photo(200, 2))
+    work.sync()
+    wanted = plain(work.history[-1])
+    store = work.store
+    overwritten = store.open_image(store.resolve(b"old"), write=True)
+    store.write(overwritten, 0, photo(1000, 3))
+    emptied = store.open_image(store.resolve(b"gone"), write=True, truncate=True)
+    _, born = store.create_image(ROOT, b"born", 0o644, 1, 1)
+    store.write(born, 0, photo(5000, 4))
+    flushed_inode, flushed = store.create_image(ROOT, b"flushed", 0o640, 1, 2)
+    store.write(flushed, 0, b"first")
+    store.flush(flushed)
+    store.write(flushed, 0, b"never flushed")
+    assert read_image(store, flushed_inode) == b"never flushed"
+    killed = work.disk.after_kill()
+    assert plain(recovered(killed)) == wanted | {b"/flushed": (Kind.FILE, 0o640, 1, 2, b"first")}
+    with open_store(killed) as again:
+        assert plain(snapshot(again)) == wanted | {b"/flushed": (Kind.FILE, 0o640, 1, 2, b"first")}
+        assert not [path for path in killed.paths() if "/staging/" in path], "nobody will close these"
+    store.fsync(flushed)
+    store.flush(emptied)
+    wanted[b"/flushed"] = (Kind.FILE, 0o640, 1, 2, b"never flushed")
+    assert plain(recovered(work.disk.after_power_cut(NOTHING_UNSYNCED))) == wanted
+    wanted[b"/gone"] = (*wanted[b"/gone"][:4], b"")
+    assert plain(recovered(work.disk.after_power_cut(EVERYTHING))) == wanted
+    for handle in (overwritten, emptied, born, flushed):
+        store.release(handle)
+    store.close()
+
+
+def test_the_order_of_an_append(clock: Clock) -> None:
+    """The needle is the commit point: name and index record follow it. Nothing is durable before the sync."""
+    work = Workload(clock)
+    work.create(b"/a", b"defines its owner")
+    work.sync()
+    work.disk.trace.clear()
+    work.put(b"/b", b"data", 0o644)
+    work.sync()
+    work.close()
+    written = [what.split()[1].rpartition("/")[2] for what in work.disk.trace[:3]]
+    assert written == ["00000001.vol", "00000001.names", "00000001.idx"]
+    assert all(what.startswith("write ") for what in work.disk.trace[:3])
+    assert work.disk.trace[3] == "sync /store/volumes/00000001.vol"
+
+
+def test_a_new_store_is_durable_when_it_was_made() -> None:
+    """... its name too, and whoever cuts the power earlier finds the empty store or none."""
+    disk = SimulatedDisk()
+    moments: list[SimulatedDisk] = []
+    disk.before_step = lambda _: moments.append(disk.copy())
+    make_store(STORE, SETTINGS, disk, uid=7, gid=8)
+    disk.before_step = None
+    wanted = {b"": (Kind.DIRECTORY, 0o755, 7, 8, None)}
+    assert plain(recovered(disk.after_power_cut(NOTHING_UNSYNCED))) == wanted
+    found = 0
+    for moment in moments:
+        for _, survivor in survivors(SEEDS, len(moments)):
+            left = moment.after_power_cut(survivor)
+            if left.exists(f"{STORE}/imgfs.json"):
+                found += 1
+                assert plain(recovered(left)) == wanted
+    assert found, "the last step makes the name of the superblock durable"
