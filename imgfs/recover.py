@@ -6,7 +6,9 @@ checkpoint vouches for. Owns the rule that tells torn from corrupt (docs/crash.m
 *Concurrency:* runs before the store is shared.
 """
 
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from imgfs.disk import Disk
@@ -24,6 +26,7 @@ from imgfs.format import (
     slot_of,
 )
 from imgfs.index import (
+    Index,
     Names,
     checkpoint_state,
     index_paths,
@@ -82,6 +85,76 @@ class Tail:
     torn_bytes: int
     sealed: bool
     checkpointed: bool
+
+
+@dataclass
+class _Index:
+    """The content of the index files of a volume, as its needles say it."""
+
+    records: bytearray
+    names: bytearray
+
+    def add(self, needle: Needle, offset: int, table: Table) -> int:
+        """Append what *needle* at *offset* says; return the offset of its name, 0 without one."""
+        name_offset = len(self.names) if needle.name and names_a_name(needle.kind) else 0
+        value = table.hash(needle.name) if name_offset else 0
+        self.records += pack_record(needle, offset, name_offset, value)
+        if name_offset:
+            self.names += pack_name(needle.name)
+        return name_offset
+
+    def count(self) -> int:
+        return len(self.records) // INDEX_RECORD_BYTES
+
+
+class _Survey:
+    """What a scan of a volume from *start* on finds: good needles, damage, and where the log ends.
+
+    Bytes below the highest durable mark were once on the disk: what is bad there is damage, and stepped over. Above
+    it the log ends at the first needle that is not whole; what follows is torn.
+    """
+
+    def __init__(self, volume: Volume, start: int, size: int, *, all_durable: bool) -> None:
+        self._volume = volume
+        self._start = start
+        self._size = size
+        self.end = max(start, size)
+        self.durable = size
+        self.next_sequence = 0
+        self.torn_bytes = self.torn_needles = 0
+        self.damage: list[Damage] = []
+        if not all_durable:
+            marks = (item[1].durable for item in volume.scan(start, size) if not isinstance(item, Gap))
+            self.durable = max(marks, default=0)
+
+    def needles(self) -> Iterator[tuple[int, Needle]]:
+        """Yield (offset, needle) for each good one; the attributes hold when it has ended."""
+        items = self._volume.scan(self._start, self._size)
+        for item in items:
+            end = self._end_at(item)
+            if end is not None:
+                self.end, self.torn_bytes = end, self._size - end
+                for torn in itertools.chain([item], items):
+                    if not isinstance(torn, Gap):
+                        self.torn_needles += 1
+                        # A number is not given again, not even that of a torn needle.
+                        self.next_sequence = max(self.next_sequence, torn[1].sequence + 1)
+                return
+            if not isinstance(item, Gap):
+                self.next_sequence = max(self.next_sequence, item[1].sequence + 1)
+                yield item
+
+    def _end_at(self, item: tuple[int, Needle] | Gap) -> int | None:
+        """Return where the log ends if it does so in *item*; note damage."""
+        if not isinstance(item, Gap):
+            offset, needle = item
+            return None if offset < self.durable or self._volume.whole(needle, offset) else offset
+        if item.start >= self.durable:
+            return item.start
+        end = min(item.end, self.durable)
+        text = "no image can be recognised here"
+        self.damage.append(Damage(self._volume.header.volume_id, item.start, end - item.start, text))
+        return end if end < item.end else None
 
 
 class Recovery:
@@ -157,100 +230,76 @@ class Recovery:
         paths = index_paths(volume.path)
         records, names = self._content(paths.records), self._content(paths.names)
         trusted = trusted_state(records, names, volume, size, previous.index_state if previous else None)
-        fresh_records = bytearray(records[: trusted.records * INDEX_RECORD_BYTES])
-        fresh_names = bytearray(names[: trusted.names_bytes] if trusted.records else names_header(header.volume_id))
-
         with self._table.memory.change():
             row = VolumeEntry(header.volume_id, size, header.first_sequence, 0 if last else VOLUME_SEALED)
             entry = self._table.add_volume(row)
+        index = _Index(
+            bytearray(records[: trusted.records * INDEX_RECORD_BYTES]),
+            bytearray(names[: trusted.names_bytes] if trusted.records else names_header(header.volume_id)),
+        )
         # What a successor exists for is durable: sealing comes before its first needle.
-        needles, durable, end = self._survey(volume, trusted.end, size, all_durable=not last)
-        settled = trusted.records
+        survey = _Survey(volume, trusted.end, size, all_durable=not last)
         tail: list[tuple[int, int, Needle]] = []
-        for number, (offset, needle) in enumerate(needles):
-            self._know_owner(needle)
-            name_offset = len(fresh_names) if needle.name and names_a_name(needle.kind) else 0
-            value = self._table.hash(needle.name) if name_offset else 0
-            fresh_records += pack_record(needle, offset, name_offset, value)
-            if name_offset:
-                fresh_names += pack_name(needle.name)
-            tail.append((offset, name_offset, needle))
-            state = checkpoint_state(needle)
+        settled, final = trusted.records, None
+        for offset, final in survey.needles():
+            self._know_owner(final)
+            name_offset = index.add(final, offset, self._table)
+            self.report.replayed_needles += 1
+            if not last:
+                continue
+            tail.append((offset, name_offset, final))
+            state = checkpoint_state(final)
             if state is not None:
                 # Up to there the index says it all; what came after may have changed directories by implication.
                 tail = [row for row in tail if row[0] >= state.end]
-                settled = trusted.records + number + 1 - len(tail)
-        self.next_sequence = max(self.next_sequence, header.first_sequence)
-        self.report.replayed_needles += len(needles)
-        final = needles[-1][1] if needles else None
+                settled = index.count() - len(tail)
+        self._report(survey)
+        self.next_sequence = max(self.next_sequence, header.first_sequence, survey.next_sequence)
         sealed = final is not None and final.kind == Kind.CHECKPOINT and bool(final.flags & FLAG_SEAL)
         if not last:
-            settled = trusted.records + len(needles)
+            settled = index.count()
             if not sealed and previous is None and not self._is_damaged_at(header.volume_id, size):
                 text = "the volume was cut short: it does not end with a seal"
                 self.report.damage.append(Damage(header.volume_id, size, 0, text))
-        self._loader.add(bytes(fresh_records[: settled * INDEX_RECORD_BYTES]), entry)
-
-        if fresh_records != records or fresh_names != names:
-            missing = not records or not names
-            if missing or not fresh_records.startswith(records) or not fresh_names.startswith(names):
-                self.report.rebuilt.append(paths.records)
-            if self._writable:
-                self._rewrite(paths.records, bytes(fresh_records), records)
-                self._rewrite(paths.names, bytes(fresh_names), names)
-        in_file = self._writable or names[: len(fresh_names)] == fresh_names
-        if in_file:
-            kept = Names(self._disk, self._disk.open(paths.names), len(fresh_names))
-        else:
-            kept = Names(self._disk, None, 0, bytes(fresh_names))
-        self.volumes.add(entry, OpenVolume(volume, kept))
+        self._loader.add(bytes(index.records[: settled * INDEX_RECORD_BYTES]), entry)
+        self.volumes.add(entry, OpenVolume(volume, self._settle_index(index, paths, records, names)))
         if last:
             self.tail = Tail(
                 volume.path,
                 entry,
-                state_of(fresh_records, fresh_names, end),
+                state_of(index.records, index.names, survey.end),
                 tail,
-                durable,
-                size - end,
+                survey.durable,
+                size - survey.end,
                 sealed,
                 checkpointed=final is not None and final.kind == Kind.CHECKPOINT and len(tail) == 1,
             )
 
+    def _settle_index(self, index: "_Index", paths: Index, records: bytes, names: bytes) -> Names:
+        """Make the files at *paths*, which hold *records* and *names*, say what *index* says; return the names.
+
+        Where nothing may be written, what the file of the names lacks stays in memory.
+        """
+        if index.records != records or index.names != names:
+            missing = not records or not names
+            if missing or not index.records.startswith(records) or not index.names.startswith(names):
+                self.report.rebuilt.append(paths.records)
+            if self._writable:
+                self._rewrite(paths.records, bytes(index.records), records)
+                self._rewrite(paths.names, bytes(index.names), names)
+        if self._writable or names[: len(index.names)] == index.names:
+            return Names(self._disk, self._disk.open(paths.names), len(index.names))
+        return Names(self._disk, None, 0, bytes(index.names))
+
+    def _report(self, survey: "_Survey") -> None:
+        self.report.damage += survey.damage
+        if not self._live_writer:
+            self.report.torn_bytes += survey.torn_bytes
+            self.report.torn_needles += survey.torn_needles
+
     def _is_damaged_at(self, volume_id: int, end: int) -> bool:
         damage = self.report.damage[-1] if self.report.damage else None
         return damage is not None and damage.volume == volume_id and damage.offset + damage.length == end
-
-    def _survey(
-        self, volume: Volume, start: int, size: int, *, all_durable: bool
-    ) -> tuple[list[tuple[int, Needle]], int, int]:
-        """Return the good needles from *start* on, the durable mark, and where the log ends; what follows is torn.
-
-        Bytes below the highest durable mark were once on the disk: what is bad there is damage, reported and stepped
-        over. Above it the log ends at the first needle that is not whole.
-        """
-        items = list(volume.scan(start, size))
-        found = [item[1] for item in items if not isinstance(item, Gap)]
-        # A number is not given again, not even that of a torn needle.
-        self.next_sequence = max(self.next_sequence, *(needle.sequence + 1 for needle in found), 0)
-        durable = size if all_durable else max((needle.durable for needle in found), default=0)
-        good: list[tuple[int, Needle]] = []
-        for number, item in enumerate(items):
-            offset = item.start if isinstance(item, Gap) else item[0]
-            if isinstance(item, Gap) and offset < durable:
-                end = min(item.end, durable)
-                damage = Damage(volume.header.volume_id, offset, end - offset, "no image can be recognised here")
-                self.report.damage.append(damage)
-                offset = end
-                if end == item.end:
-                    continue
-            elif not isinstance(item, Gap) and (offset < durable or volume.whole(item[1], offset)):
-                good.append(item)
-                continue
-            if not self._live_writer:
-                self.report.torn_bytes += size - offset
-                self.report.torn_needles += sum(not isinstance(rest, Gap) for rest in items[number:])
-            return good, durable, offset
-        return good, durable, max(start, size)
 
     def _know_owner(self, needle: Needle) -> None:
         """Define the owner of a put even where the needle that did is damaged: each needle says it itself."""

@@ -1,0 +1,115 @@
+"""How benches measure: clients that start together, systems that take turns within each round.
+
+*Concurrency:* clients are forked processes; each runs one job and sends back one number.
+"""
+
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from bench.site import Failed
+
+T = TypeVar("T")
+
+# More than any image of a bench has; below what malloc would map anew for each read.
+_BUFFER_BYTES = 64 << 10
+# Between two looks at the clock.
+_BURST = 50
+
+
+def say(text: str) -> None:
+    """Show how far a bench is."""
+    print(f"    {text}", flush=True)
+
+
+def rounds(count: int, systems: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:
+    """Yield the number of each round and the order in which the systems take their turns in it.
+
+    The order alternates, so that what slowly changes on a shared machine favours none.
+    """
+    for number in range(count):
+        yield number, systems if number % 2 == 0 else list(reversed(systems))
+
+
+def together(jobs: Sequence[Callable[[], int]]) -> tuple[float, list[int]]:
+    """Run each job in a process of its own, all from the same moment; return (seconds to the last, what they return).
+
+    Failed if one of them raises.
+    """
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(len(jobs) + 1)
+    queue = context.SimpleQueue()
+
+    def client(job: Callable[[], int]) -> None:
+        barrier.wait()
+        try:
+            queue.put(job())
+        except BaseException as error:
+            queue.put(repr(error))
+
+    processes = [context.Process(target=client, args=(job,), daemon=True) for job in jobs]
+    try:
+        for process in processes:
+            process.start()
+        barrier.wait()
+        start = time.perf_counter()
+        results = [queue.get() for _ in processes]
+        seconds = time.perf_counter() - start
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.kill()
+    failures = [result for result in results if isinstance(result, str)]
+    if failures:
+        raise Failed(f"a client failed: {failures[0]}")
+    return seconds, results
+
+
+def read_files(top: Path, names: Sequence[str]) -> int:
+    """Open, read and close each of the files *names* below *top*; return the sum of their bytes."""
+    buffer = bytearray(_BUFFER_BYTES)
+    total = 0
+    for name in names:
+        file = os.open(f"{top}/{name}", os.O_RDONLY)
+        total += os.readv(file, [buffer])
+        os.close(file)
+    return total
+
+
+def read_for(top: Path, names: Sequence[str], seconds: float, seed: int) -> int:
+    """As `read_files`, in random order, for so many *seconds*; return how many files were read."""
+    order = random.Random(seed).sample(names, len(names))
+    deadline = time.perf_counter() + seconds
+    done = 0
+    while time.perf_counter() < deadline:
+        burst = [order[(done + number) % len(order)] for number in range(_BURST)]
+        read_files(top, burst)
+        done += _BURST
+    return done
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Return how many seconds *call* takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def per_system(samples: Mapping[str, list[float]]) -> tuple[list[float], list[float]]:
+    """Return the samples of imgfs and of XFS."""
+    return samples["imgfs"], samples["xfs"]
+
+
+def process_memory(pid: int | str = "self") -> dict[str, int]:
+    """Return the resident memory of a process, by what it is, in bytes; `VmHWM` is the most it ever had."""
+    found = {}
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in ("RssAnon", "RssFile", "RssShmem", "VmHWM", "VmRSS"):
+            found[name] = int(value.split()[0]) << 10
+    return found

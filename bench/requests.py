@@ -1,0 +1,153 @@
+"""FUSE requests per image of everyday operations, counted by the daemon itself (`counting`)."""
+
+import os
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.counting import make_counts, read_counts
+from bench.measure import say
+from bench.result import Result
+from bench.site import Failed, Mounted, Site
+from bench.site import run as run_command
+from bench.trees import make_tree
+
+_IMAGE_BYTES = 20_000
+_SETTLED_S = 0.1
+
+
+@dataclass(frozen=True)
+class _Size:
+    images: int
+
+
+SIZES = {"tiny": _Size(8), "quick": _Size(100), "full": _Size(500)}
+
+
+def run(site: Site, size: str) -> Result:
+    """Measure it."""
+    bench = _Bench(site, SIZES[size].images)
+    bench.fill()
+    bench.serve()
+    bench.look()
+    bench.change()
+    bench.result.notes.append(
+        f"Each operation on {SIZES[size].images} images of {_IMAGE_BYTES:,} bytes in one directory; what is done once "
+        "for the directory is in the sum. FORGET, which takes no answer, is left out. New to the kernel: just mounted."
+    )
+    return bench.result
+
+
+class _Bench:
+    """A store, and what was counted so far."""
+
+    def __init__(self, site: Site, images: int) -> None:
+        self.result = Result("requests", "FUSE requests per image", parameters={"images": images})
+        self._site = site
+        self._images = images
+        self._source = site.fresh("source")
+        self._names = make_tree(self._source, images, _IMAGE_BYTES)
+        self._store = site.make_store(site.fresh("store"))
+        self._counts = make_counts(site.fresh("counts"))
+
+    @contextmanager
+    def _mounted(self) -> Iterator[Mounted]:
+        with self._site.mounted(self._store, "bench.counting", self._counts) as mounted:
+            yield mounted
+
+    def _count(self, what: str, operation: Callable[[], object]) -> None:
+        before = read_counts(self._counts)
+        operation()
+        made = self._settled() - before
+        # It comes whenever the kernel has no better use for its memory.
+        del made["forget"]
+        which = ", ".join(f"{name} {count / self._images:.2f}" for name, count in made.most_common())
+        say(f"{what}: {made.total() / self._images:.2f} per image: {which}")
+        self.result.add(what, "", made.total() / self._images)
+        self.result.parameters[what] = {name: count / self._images for name, count in made.most_common()}
+        common = [
+            f"{name} {count / self._images:.3g}" for name, count in made.most_common() if count >= self._images / 2
+        ]
+        self.result.notes.append(f"{what}: {', '.join(common) or 'less than one for two images'}.")
+
+    def _settled(self) -> Counter[str]:
+        """Return the counts once they stand still: nobody waits for RELEASE."""
+        counts = read_counts(self._counts)
+        while True:
+            time.sleep(_SETTLED_S)
+            before, counts = counts, read_counts(self._counts)
+            if counts == before:
+                return counts
+
+    def _run(self, what: str, *command: str | Path) -> None:
+        if shutil.which(str(command[0])):
+            self._count(what, lambda: run_command(*command))
+        else:
+            say(f"{what}: {command[0]} is not installed")
+
+    def fill(self) -> None:
+        """Count what brings images in."""
+        with self._mounted() as mounted:
+            for what, *command in (
+                ("`cp -r` in", "cp", "-r"),
+                ("`cp -a` in", "cp", "-a"),
+                ("`rsync -a` in", "rsync", "-a"),
+            ):
+                self._run(what, *command, self._source, mounted.point / f"from-{command[0]}{command[1]}")
+            self._run("`cp -r` over the same names", "cp", "-rT", self._source, mounted.point / "from-cp-r")
+
+    def serve(self) -> None:
+        """Count what a web server does, the first time and again."""
+        with self._mounted() as mounted:
+            top = mounted.point / "from-cp-r"
+            os.stat((top / self._names[0]).parent)
+            self._count("GET of an image that is new to the kernel", lambda: self._serve(top))
+            # A read makes the access time that the kernel knows invalid, though nobody keeps one: fstat asks once more.
+            self._count("GET of an image that was read once", lambda: self._serve(top))
+            self._count("GET of a known image", lambda: self._serve(top))
+            absent = [top / name.replace("img", "none") for name in self._names]
+            self._count("404, new to the kernel", lambda: [path.exists() for path in absent])
+            self._count("404 again", lambda: [path.exists() for path in absent])
+
+    def _serve(self, top: Path) -> None:
+        """As nginx without open_file_cache: open, fstat, sendfile, close."""
+        server, client = socket.socketpair()
+        with server, client:
+            for name in self._names:
+                file = os.open(top / name, os.O_RDONLY | os.O_NONBLOCK)
+                sent = os.sendfile(server.fileno(), file, 0, os.fstat(file).st_size)
+                os.close(file)
+                if sent != _IMAGE_BYTES:
+                    raise Failed(f"{sent} bytes of {name} were served")
+                left = sent
+                while left:
+                    left -= len(client.recv(left))
+
+    def look(self) -> None:
+        """Count what lists and compares."""
+        with self._mounted() as mounted:
+            self._run("`ls -lR`, new to the kernel", "ls", "-lR", mounted.point / "from-cp-r")
+            self._run("`ls -lR` again", "ls", "-lR", mounted.point / "from-cp-r")
+        with self._mounted() as mounted:
+            self._run("`find`, new to the kernel", "find", mounted.point / "from-cp-r")
+            self._run("`rsync -an` against it", "rsync", "-an", f"{self._source}/", mounted.point / "from-rsync-a")
+
+    def change(self) -> None:
+        """Count renaming and removing."""
+        with self._mounted() as mounted:
+            top = mounted.point / "from-cp-r"
+            os.stat((top / self._names[0]).parent)
+            self._count("upload: write a temporary file, rename it", lambda: self._upload(top))
+            self._run("`rm -rf`", "rm", "-rf", top)
+
+    def _upload(self, top: Path) -> None:
+        data = bytes(_IMAGE_BYTES)
+        for name in self._names:
+            temporary = top / f"{name}.part"
+            temporary.write_bytes(data)
+            temporary.rename(top / name)
