@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run stop test check lint types imports format bench bench-quick install-system clean
+.PHONY: help run stop test soak check lint types imports format bench bench-quick install-system clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -17,6 +17,10 @@ stop: ## unmount what `make run` mounted
 
 test: .venv/test-ready ## run all tests
 	@scripts/test.sh
+
+soak: .venv/test-ready ## crash and damage tests at length (a quarter of an hour)
+	@IMGFS_SOAK=4 scripts/test.sh --timeout 3600 tests/test_crash_matrix.py tests/test_index_damage.py \
+		tests/test_torn_or_corrupt.py tests/test_damage_to_others.py
 
 check: lint types imports ## lint, types and imports
 

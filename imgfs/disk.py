@@ -139,7 +139,9 @@ class Disk:
         """Return whether there is anything at *path*; an OSError if that may not be known."""
         try:
             os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                raise
             return False
         return True
 

@@ -254,7 +254,7 @@ class Table:
             case Kind.OWNER:
                 self.define_owner(needle.owner, needle.uid, needle.gid, needle.mode, place.volume)
 
-    def _put(self, needle: Needle, place: Place, *, orphan: bool = False) -> None:
+    def _put(self, needle: Needle, place: Place) -> None:
         slot, generation = slot_of(needle.inode), needle.inode >> 32
         parent = slot_of(needle.parent)
         old = self.record(slot)
@@ -294,7 +294,7 @@ class Table:
             # An import may put an image in place of a link, in one needle.
             self.count(old.kind, -1)
             self.count(needle.kind, 1)
-        if slot and (not known or moved) and not orphan:
+        if slot and (not known or moved):
             self._link(slot, record)
             if not known:
                 self.touch(parent, needle.ctime_ns)
@@ -321,10 +321,6 @@ class Table:
         self.count(record.kind, -1)
         if not self.replaying:
             self._push_free(slot)
-
-    def add_orphan(self, needle: Needle, place: Place) -> None:
-        """Put an image into the table whose directory was lost; `adopt` gives it a place."""
-        self._put(needle, place, orphan=True)
 
     def adopt(self, slot: int) -> None:
         """Make an orphan a child of the directory its record names, which is there again."""

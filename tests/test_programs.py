@@ -1,7 +1,6 @@
 """What people run on a directory of photos works on a mount: cp, rsync, diff, sqlite3, git, mogrify."""
 
 import os
-import shutil
 import sqlite3
 import subprocess
 import threading
@@ -175,7 +174,6 @@ def test_git(mounted: Mounted, tmp_path: Path) -> None:
     assert run("git", "-C", clone, *identity, "status", "--porcelain") == ""
 
 
-@pytest.mark.skipif(shutil.which("mogrify") is None, reason="needs ImageMagick")
 def test_mogrify(mounted: Mounted) -> None:
     for number in range(5):
         photo = Image.effect_noise((300, 200), 50 + number).convert("RGB")

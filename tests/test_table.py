@@ -301,24 +301,3 @@ def test_a_put_replaces_what_another_generation_left_in_its_slot(writer: Writer,
     assert lookup(table, ROOT, b"b") == [slot_of(new)]
     assert free_queue(table) == []
     assert (table.memory.words[Word.SYMLINKS], table.memory.words[Word.FILES]) == (0, 1)
-
-
-def test_an_orphan_is_adopted_when_its_directory_is_back(writer: Writer, table: Table) -> None:
-    lost = inode_of(1, 0)
-    needle = Needle(Kind.FILE, inode_of(2, 0), lost, b"orphan", ctime_ns=1)
-    with table.memory.change():
-        table.add_orphan(needle, Place(0, 8192, 16))
-    assert table.record(2).live
-    writer.put(lost, ROOT, b"found", Kind.DIRECTORY)
-    for _ in range(2):
-        with table.memory.change():
-            table.adopt(2)
-        assert [slot for _, slot in listing(table, 1)] == [2]
-
-
-def test_an_orphan_can_be_deleted(writer: Writer, table: Table) -> None:
-    with table.memory.change():
-        table.add_orphan(Needle(Kind.FILE, inode_of(1, 0), 99, b"orphan", ctime_ns=1), Place(0, 8192, 16))
-    writer.delete(inode_of(1, 0))
-    assert table.memory.words[Word.FILES] == 0
-    assert free_queue(table) == [1]
