@@ -16,12 +16,12 @@ from imgfs.format import (
     ALIGNMENT,
     CHECKSUM,
     FOOTER,
-    INDEX_RECORD_BYTES,
     NEEDLE_HEADER,
     NEEDLE_HEADER_BYTES,
     NEEDLE_MAGIC,
     Kind,
 )
+from imgfs.load import INDEX_RECORDS
 
 Int64s = npt.NDArray[np.int64]
 
@@ -63,23 +63,6 @@ _NEEDLE = np.dtype(
 NEEDLE_BYTES = _NEEDLE.itemsize
 assert NEEDLE_HEADER.size + CHECKSUM.size + NAME_BYTES + DATA_BYTES + FOOTER.size == NEEDLE_BYTES
 assert NEEDLE_BYTES % ALIGNMENT == 0
-
-# As format.INDEX_RECORD.
-_INDEX = np.dtype(
-    [
-        ("kind", "u1"),
-        ("slot", "<u4"),
-        ("parent", "<u4"),
-        ("name_offset", "<u4"),
-        ("offset8", "<u4"),
-        ("size", "<u4"),
-        ("mtime", "<i8"),
-        ("ctime", "<u4"),
-        ("owner", "<u2"),
-        ("hash_generation", "<u4"),
-    ]
-)
-assert _INDEX.itemsize == INDEX_RECORD_BYTES
 
 
 def image_name(number: int) -> bytes:
@@ -125,7 +108,7 @@ def pack_images(numbers: Int64s, inodes: Int64s, parents: Int64s, place: Place) 
     needles["data"] = numbers[:, None]
     _add_checksums(needles, names, offsets, place.seed)
 
-    records = np.zeros(count, _INDEX)
+    records = np.zeros(count, INDEX_RECORDS)
     records["kind"] = Kind.FILE
     records["slot"], records["parent"] = inodes, parents
     records["name_offset"] = place.names_offset + (1 + NAME_BYTES) * np.arange(count)

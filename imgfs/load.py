@@ -28,38 +28,22 @@ from imgfs.layout import (
 )
 from imgfs.memory import Memory
 
+# What an index record and a record of the table have in common, in the order of both.
+_SHARED = [
+    ("parent", "<u4"),
+    ("name_offset", "<u4"),
+    ("offset8", "<u4"),
+    ("size", "<u4"),
+    ("mtime", "<i8"),
+    ("ctime", "<u4"),
+    ("owner", "<u2"),
+    ("hash_generation", "<u4"),
+]
 # As format.INDEX_RECORD.
-_INDEX = np.dtype(
-    [
-        ("kind", "u1"),
-        ("slot", "<u4"),
-        ("parent", "<u4"),
-        ("name_offset", "<u4"),
-        ("offset8", "<u4"),
-        ("size", "<u4"),
-        ("mtime", "<i8"),
-        ("ctime", "<u4"),
-        ("owner", "<u2"),
-        ("hash_generation", "<u4"),
-    ]
-)
+INDEX_RECORDS = np.dtype([("kind", "u1"), ("slot", "<u4"), *_SHARED])
 # As layout.RECORD.
-RECORDS = np.dtype(
-    [
-        ("flags", "u1"),
-        ("volume", "<u2"),
-        ("name_volume", "<u2"),
-        ("parent", "<u4"),
-        ("name_offset", "<u4"),
-        ("offset8", "<u4"),
-        ("size", "<u4"),
-        ("mtime", "<i8"),
-        ("ctime", "<u4"),
-        ("owner", "<u2"),
-        ("hash_generation", "<u4"),
-    ]
-)
-assert _INDEX.itemsize == INDEX_RECORD_BYTES
+RECORDS = np.dtype([("flags", "u1"), ("volume", "<u2"), ("name_volume", "<u2"), *_SHARED])
+assert INDEX_RECORDS.itemsize == INDEX_RECORD_BYTES
 assert RECORDS.itemsize == RECORD_BYTES
 _PUTS = [Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.SPECIAL]
 # Linking sorts so many records at a time, which bounds the memory it takes.
@@ -80,7 +64,7 @@ class Loader:
 
     def add(self, records: bytes | bytearray, volume: int) -> None:
         """Load the index *records* (count x 39 bytes) of the volume with entry *volume*."""
-        index = np.frombuffer(records, _INDEX)
+        index = np.frombuffer(records, INDEX_RECORDS)
         if not len(index):
             return
         self._define_owners(index[index["kind"] == Kind.OWNER], volume)
@@ -97,7 +81,7 @@ class Loader:
         source = index[put]
         fresh["flags"] = source["kind"]
         fresh["volume"] = fresh["name_volume"] = volume
-        for name in ("parent", "name_offset", "offset8", "size", "mtime", "ctime", "owner", "hash_generation"):
+        for name, _ in _SHARED:
             fresh[name] = source[name]
         directory = source["kind"] == Kind.DIRECTORY
         for name in ("volume", "offset8", "size"):
