@@ -7,7 +7,7 @@ with `default_permissions`), `poll`.
 
 *Concurrency:* every handler runs on one trio loop, which never waits for the disk: what is not in memory is read
 in a thread. State changes between two awaits; those that copy much run in a thread, and `_changes` keeps the
-others waiting meanwhile. `notify_*` of pyfuse3 is never called here: it can wait for the loop that called it.
+others waiting meanwhile. What tells the kernel to forget is called from a thread: it can wait for the loop.
 """
 
 import errno
