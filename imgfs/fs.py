@@ -260,7 +260,7 @@ class Filesystem(pyfuse3.Operations):
         if not stat.S_ISREG(mode):
             raise FUSEError(errno.EPERM)  # what mknod(2) names for a file system without such files
         inode, handle = await self._create(parent, name, mode, ctx)
-        await self._change(self._commit_and_release, handle)
+        await self._change(self._store.release, handle)
         return self._entry(self._store.attr(inode))
 
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -351,10 +351,6 @@ class Filesystem(pyfuse3.Operations):
         gid, _ = self._group_in(parent, ctx)
         mode = mode & _PERMISSIONS & ~ctx.umask
         return await self._change(self._store.create_image, parent, name, mode, ctx.uid, gid)
-
-    def _commit_and_release(self, handle: int) -> None:
-        self._store.flush(handle)
-        self._store.release(handle)
 
     # -- attributes as the kernel wants them ------------------------------------------------------------------
 

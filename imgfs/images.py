@@ -316,7 +316,7 @@ class Images:
     def _spoil(self, inode: int) -> None:
         """Keep what lacks a write from becoming the image: whoever ignores the error must not lose the old one."""
         number = self._staging.find(inode)
-        if number >= 0 and self._staging.entry(number).dirty:
+        if number >= 0:
             entry = self._staging.entry(number)
             self._staging.update(number, entry._replace(flags=entry.flags | SPOILED))
 

@@ -10,6 +10,7 @@ Order of an append (docs/crash.md): needle, name, index record, table. The needl
 
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -72,6 +73,7 @@ class Log:
         self._records_file = -1
         self._names_file = -1
         self._failed: str | None = None
+        self._one_sync = threading.Lock()
 
     def close(self) -> None:
         """Close the files; nothing is written."""
@@ -167,9 +169,13 @@ class Log:
 
     def _publish(self, volume: Volume, path: str) -> None:
         """Make *volume* durable under its final name."""
-        volume.sync()
+        self._sync_volume(volume)
         self._disk.rename(path + ".new", path)
-        self._disk.sync_directory(self._directory)
+        try:
+            self._disk.sync_directory(self._directory)
+        except OSError as error:
+            self._failed = f"{path}: its name may not be durable ({error.strerror}); mount again"
+            raise
         volume.path = path
 
     def _activate(self, volume: Volume, paths_of: str | None = None) -> None:
@@ -363,6 +369,8 @@ class Log:
         with memory.lock():
             if self._failed:
                 raise DiskFailure(self._failed)
+            if self._table.volume(words[Word.ACTIVE]).flags & VOLUME_SEALED:
+                return  # the next volume could not be begun yet; this one is durable, and nothing may follow its seal
             since = words[Word.INDEX_RECORDS] - words[Word.CHECKPOINT_RECORDS]
             due = since >= self._settings.checkpoint_needles or (final and since > 0)
             if due:
@@ -397,12 +405,17 @@ class Log:
         return True
 
     def _sync_volume(self, volume: Volume | None = None) -> None:
-        try:
-            (volume or self.volume).sync()
-        except OSError as error:
-            # The kernel reports a lost page once and then forgets it: no later sync would say the truth.
-            self._failed = f"{self.volume.path}: the disk lost data that was written ({error.strerror}); mount again"
-            raise
+        volume = volume or self.volume
+        # The kernel reports a lost page once for an open file and then forgets it: no later sync would say the truth,
+        # nor one at the same time, such as that of a seal.
+        with self._one_sync:
+            if self._failed:
+                raise DiskFailure(self._failed)
+            try:
+                volume.sync()
+            except OSError as error:
+                self._failed = f"{volume.path}: the disk lost data that was written ({error.strerror}); mount again"
+                raise
 
     def _settle_directories(self) -> None:
         """Give every directory whose entries changed a needle with its times, so that the index alone tells them."""

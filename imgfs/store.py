@@ -155,12 +155,12 @@ class Store(Tree):
         def change(_: int) -> None:
             if self._images.record(inode).kind != Kind.FILE:
                 raise IsADirectory("only an image has bytes to cut")
-            self._images.truncate(inode, size)
-            if not self._handles.writers(inode):
-                try:
+            try:
+                self._images.truncate(inode, size)
+                if not self._handles.writers(inode):
                     self._images.commit(inode)
-                finally:
-                    self._images.end_staging(inode)
+            finally:
+                self._images.end_staging(inode)
 
         self._locked(change)
 

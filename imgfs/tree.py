@@ -220,7 +220,11 @@ class Tree(View):
         gid: int | None = None,
         mtime_ns: int | None = None,
     ) -> None:
-        """Change permission bits, owner, group or time; those of a dirty image join the needle of its flush. Stale."""
+        """Change permission bits, owner, group or time. Stale.
+
+        The time of a dirty image joins the needle of its flush: the old bytes must not get it. So does all else of
+        an image that has no needle yet.
+        """
 
         def change(now_ns: int) -> None:
             attr = self.attr(inode)
@@ -231,16 +235,18 @@ class Tree(View):
             )
             record = self._images.record(inode)
             staged = self._images.staged(inode)
-            if staged is not None and (staged.dirty or record.flags & Flag.UNBORN):
+            dirty = staged is not None and (staged.dirty or bool(record.flags & Flag.UNBORN))
+            if dirty:
                 self._images.set_staged(inode, owner=self._owner_index(*owner), mtime_ns=mtime_ns)
-                return
+                if record.flags & Flag.UNBORN or (mode is None and uid is None and gid is None):
+                    return
             needle = Needle(
                 Kind.ATTRIBUTES,
                 inode,
                 mode=owner[2],
                 uid=owner[0],
                 gid=owner[1],
-                mtime_ns=attr.mtime_ns if mtime_ns is None else mtime_ns,
+                mtime_ns=record.mtime_ns if dirty or mtime_ns is None else mtime_ns,
                 ctime_ns=now_ns,
             )
             if record.flags & Flag.DEAD:
@@ -250,7 +256,7 @@ class Tree(View):
                     self._table.set_attributes(slot_of(inode), index, needle.mtime_ns, now_ns)
             else:
                 self._images.writer().append(needle, [])
-            if staged is not None:
+            if staged is not None and not dirty:
                 self._images.set_staged(inode, owner=self._table.record(slot_of(inode)).owner, mtime_ns=mtime_ns)
 
         self._locked(change)
