@@ -482,8 +482,8 @@ def unpack_superblock(data: bytes) -> Superblock:
         if version > FORMAT_VERSION or incompatible & ~KNOWN_INCOMPATIBLE:
             raise NewerFormat(f"this store has format {version}; install imgfs {release} or newer to read it")
         return Superblock(uuid.UUID(fields["store"]).bytes, int(fields["volume_bytes_max"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"imgfs.json is damaged ({error}); it can be made again from the volumes") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Damaged("imgfs.json is damaged; it can be made again from the volumes") from None
 
 
 def _superblock_checksum(fields: Mapping[str, object]) -> str:

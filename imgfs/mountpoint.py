@@ -97,6 +97,8 @@ def prepare(mountpoint: str, store_path: str) -> str:
     store_path = os.path.realpath(store_path)
     if os.path.commonpath([path, store_path]) == path:
         raise MountFailed(f"the store {store_path} lies inside the mountpoint {path}, which would hide it")
+    if os.path.commonpath([path, store_path]) == store_path:
+        raise MountFailed(f"the mountpoint {path} lies inside the store {store_path}; name a directory outside of it")
     return path
 
 

@@ -111,6 +111,8 @@ def open_parts(path: str, disk: Disk, settings: Settings | None, *, writable: bo
     """
     try:
         if not disk.exists(f"{path}/{VOLUMES}"):
+            if disk.exists(f"{path}/{SUPERBLOCK}"):
+                raise NoStore(f"{path}/{VOLUMES} is missing, which held all images of this store; put it back")
             raise NoStore(f"there is no store at {path}; make one with: imgfs mkfs {path}")
         superblock, rebuilt = _superblock(path, disk)
         if settings is None:

@@ -332,7 +332,9 @@ def test_a_damaged_superblock_is_noticed(data: st.DataObject) -> None:
     assert found == SUPERBLOCK  # white space, or the last line's end
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"7", b'"x"', b"{}", b"\xff", b'{"checksum": "00000000"}'])
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"7", b'"x"', b"{}", b"\xff", b'{"checksum": "00000000"}', b"[" * 100_000]
+)
 def test_what_is_no_superblock_is_damaged(data: bytes) -> None:
     with pytest.raises(Damaged, match="made again from the volumes"):
         unpack_superblock(data)

@@ -165,6 +165,7 @@ def test_where_nothing_can_be_mounted(stopped: Mounted, tmp_path: Path) -> None:
         ((stopped.store, tmp_path / "file"), EXIT_MOUNT, "is not a directory"),
         ((stopped.store, stopped.store.parent), EXIT_MOUNT, "which would hide it"),
         ((stopped.store, stopped.store), EXIT_MOUNT, "which would hide it"),
+        ((stopped.store, stopped.store / "volumes"), EXIT_MOUNT, "lies inside the store"),
         ((tmp_path / "inside", stopped.point), EXIT_NO_STORE, "no store"),
         (("-o", "allow_othr", stopped.store, stopped.point), EXIT_USAGE, "did you mean allow_other?"),
     ]:

@@ -68,7 +68,7 @@ class Nginx:
         text = SHIPPED.read_text()
         if uploads:
             text = re.sub(r"^    #(location /upload/|    |\})", r"    \1", text, flags=re.MULTILINE)
-        for old, new in [("listen 80;", f"listen 127.0.0.1:{self.port};"), ("/mnt/photos", str(self._root)), *changes]:
+        for old, new in [("listen 80;", f"listen 127.0.0.1:{self.port};"), ("/srv/photos", str(self._root)), *changes]:
             assert old in text
             text = text.replace(old, new)
         (self._prefix / "imgfs.conf").write_text(text)

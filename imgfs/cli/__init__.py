@@ -69,7 +69,7 @@ def imgfs() -> None:
     A first store:
       imgfs mkfs /srv/photos.imgfs
       imgfs import ~/Pictures /srv/photos.imgfs
-      imgfs mount --daemon /srv/photos.imgfs /mnt/photos
+      imgfs mount --daemon /srv/photos.imgfs /srv/photos
     """
 
 

@@ -24,7 +24,7 @@ def mount_command(store_path: str, mountpoint: str, options: tuple[str, ...], da
 
     \b
     Example:
-      imgfs mount --daemon -o allow_other /srv/photos.imgfs /mnt/photos
+      imgfs mount --daemon -o allow_other /srv/photos.imgfs /srv/photos
     """
     parsed = parse([*options, "ro"] if read_only else options)
     # Only here, because pyfuse3 needs libfuse, which who only imports and exports need not have.
@@ -41,7 +41,7 @@ def umount_command(mountpoint: str, lazy: bool) -> None:
 
     \b
     Example:
-      imgfs umount /mnt/photos
+      imgfs umount /srv/photos
     """
     unmount(mountpoint, lazy=lazy)
     echo(f"unmounted {mountpoint}")
