@@ -229,9 +229,8 @@ def _superblock(path: str, disk: Disk) -> tuple[Superblock, bool]:
     )
 
 
-def _take_lock(path: str, disk: Disk) -> int:
-    if not disk.exists(f"{path}/{STAGING}"):
-        disk.mkdir(f"{path}/{STAGING}")
+def try_lock(path: str, disk: Disk) -> int | None:
+    """Return a descriptor that holds the lock of the store at *path* while it is open; None if another has it."""
     lock = disk.lock(f"{path}/{LOCK}")
     for _ in range(_LOCK_TRIES):
         if lock is not None:
@@ -239,6 +238,13 @@ def _take_lock(path: str, disk: Disk) -> int:
         # Who asks whether the store is in use holds the lock for a moment.
         time.sleep(_LOCK_PAUSE_S)
         lock = disk.lock(f"{path}/{LOCK}")
+    return lock
+
+
+def _take_lock(path: str, disk: Disk) -> int:
+    if not disk.exists(f"{path}/{STAGING}"):
+        disk.mkdir(f"{path}/{STAGING}")
+    lock = try_lock(path, disk)
     if lock is None:
         raise Busy(f"{path} is in use by process {owner(path, disk) or '?'}; stop it first, or work through its mount")
     disk.truncate(lock, 0)

@@ -7,7 +7,7 @@ Owns which files are derived. Must not know what is in them.
 
 from imgfs.disk import Disk
 from imgfs.errors import Busy, NoStore, disk_error
-from imgfs.opening import LOCK, owner
+from imgfs.opening import owner, try_lock
 from imgfs.recover import VOLUMES
 
 _DERIVED = (".idx", ".names")
@@ -26,7 +26,7 @@ def remove_index(path: str, disk: Disk | None = None) -> list[str]:
     try:
         if not disk.exists(directory):
             raise NoStore(f"there is no store at {path}; make one with: imgfs mkfs {path}")
-        lock = disk.lock(f"{path}/{LOCK}")
+        lock = try_lock(path, disk)
         if lock is None:
             raise Busy(f"{path} is in use by process {owner(path, disk) or '?'}; unmount it first")
         try:

@@ -25,6 +25,14 @@ def put(store: Store, name: bytes, size: int = 100) -> int:
     return store.put(ROOT, name, name[:1] * size, size, mode=0o644, uid=1, gid=1, mtime_ns=5)
 
 
+def almost_full_volume(disk: SimulatedDisk) -> Store:
+    """Return a new store whose volume takes five images, and no sixth of the same size."""
+    store = new_store(disk)
+    for number in range(5):
+        put(store, b"%d" % number, 10_000)
+    return store
+
+
 def content(store: Store, inode: int) -> bytes:
     handle = store.open_image(inode)
     try:
@@ -122,9 +130,7 @@ def test_an_fsync_beside_a_seal_that_failed_is_not_acknowledged() -> None:
 
 def test_a_volume_whose_successor_could_not_be_named_stays_sealed() -> None:
     disk = SimulatedDisk()
-    store = new_store(disk)
-    for number in range(5):
-        put(store, b"%d" % number, 10_000)
+    store = almost_full_volume(disk)
     disk.fail_next("rename", errno.EIO)
     with pytest.raises(DiskFailure):
         put(store, b"x", 20_000)
@@ -140,9 +146,7 @@ def test_a_volume_whose_successor_could_not_be_named_stays_sealed() -> None:
 
 def test_a_directory_sync_that_fails_is_final() -> None:
     disk = SimulatedDisk()
-    store = new_store(disk)
-    for number in range(5):
-        put(store, b"%d" % number, 10_000)
+    store = almost_full_volume(disk)
     disk.fail_next("sync_directory", errno.EIO)
     with pytest.raises(DiskFailure):
         put(store, b"x", 20_000)
