@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -334,12 +335,15 @@ def test_a_stale_mountpoint_is_recognised_and_cleared(mounted: Mounted) -> None:
 def test_a_daemon_that_hangs_is_told_from_one_that_is_dead(mounted: Mounted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mountpoint, "PATIENCE_S", 0.2)
     assert mounted.process is not None
+    threads = threading.active_count()
     mounted.process.send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(mountpoint.Busy, match="has not answered"):
             mountpoint.prepare(str(mounted.point), str(mounted.store))
     finally:
         mounted.process.send_signal(signal.SIGCONT)
+    # The question that was left behind uses the mount until it is answered.
+    wait_until(lambda: threading.active_count() <= threads, "the daemon has answered")
     with pytest.raises(mountpoint.Busy, match="unmount it first"):
         mountpoint.prepare(str(mounted.point), str(mounted.store))
 
