@@ -42,6 +42,9 @@ class Word:
     HANDLES = 22  # handle words ever used
     STAGED = 23  # staging entries ever used
     STALE_DIRECTORIES = 24  # directories whose mtime is newer than their last needle
+    RARE_ENTRIES = 25  # entries of rare.py ever used
+    RARE_FREE = 26  # its first free entry + 1
+    RARE_COUNT = 27  # its entries in use
     ARENA_FREE = 32  # 32 words: first free region of each size
 
 
@@ -73,8 +76,8 @@ VOLUME_SEALED = 1
 HANDLE = struct.Struct("<Q")  # inode (40 bits), flags (8 bits), nonce (16 bits)
 HANDLES_MAX = 1 << 16
 
-# inode, flags, owner, size, mtime ns, ctime ns, name length, name
-STAGED = struct.Struct("<QIIQqqB255s")
+# inode, flags, owner, size, mtime ns, ctime ns, process that created it, name length, name
+STAGED = struct.Struct("<QIIQqqIB255s")
 STAGED_BYTES = 320
 STAGED_MAX = 4096
 
@@ -83,6 +86,12 @@ STAGED_MAX = 4096
 RECORD = struct.Struct("<BHHIIIIqIHI")
 RECORD_BYTES = 39
 assert RECORD.size == RECORD_BYTES
+
+# What few inodes have: next entry + 1 of the same chain, slot + 1, generation, links, then of the needle with its
+# extended attributes entry + 1 of the volume, offset / 8, bytes of data
+RARE = struct.Struct("<IIIIIII")
+RARE_MAX = 1 << 26
+RARE_HEADS = 1 << 18
 
 LINK_BYTES = 4  # next record of the same bucket
 BUCKET_BYTES = 4  # first record of a bucket
@@ -94,6 +103,8 @@ OWNERS_AT = _region(OWNER.size * OWNERS_MAX)
 VOLUMES_AT = _region(VOLUME.size * VOLUMES_MAX)
 HANDLES_AT = _region(HANDLE.size * HANDLES_MAX)
 STAGED_AT = _region(STAGED_BYTES * STAGED_MAX)
+RARE_HEADS_AT = _region(4 * RARE_HEADS)
+RARE_AT = _region(RARE.size * RARE_MAX)
 ARENA_AT = _region(2 * BUCKET_BYTES * SLOTS_MAX)
 LINKS_AT = _region(LINK_BYTES * SLOTS_MAX)
 RECORDS_AT = _region(RECORD_BYTES * SLOTS_MAX)
@@ -112,6 +123,7 @@ class Flag:
     STAGED = 0x20  # being written: size and data are in staging
     UNBORN = 0x40  # created, but no needle has named it yet; its name is in staging
     STALE_MTIME = 0x80  # a directory that changed since its last needle
+    LINKED = 0x80  # of all else: it has or had further names; rare.py knows how many
 
 
 # Offsets of single fields within a record, for changes of one field.

@@ -12,17 +12,20 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 from crc32c import crc32c
 
 from imgfs.disk import Buffer, Disk
 from imgfs.errors import DiskFailure, StoreFull, disk_error
 from imgfs.format import (
+    FLAG_PAIR,
     INDEX_RECORD_BYTES,
     NAMES_BYTES_LIMIT,
     NEEDLES_START,
+    OWNED_KINDS,
     PUT_KINDS,
     VOLUME_BYTES_LIMIT,
     Checksums,
@@ -30,7 +33,6 @@ from imgfs.format import (
     Kind,
     Needle,
     PreviousEnd,
-    Superblock,
     VolumeHeader,
     aligned,
     inode_of,
@@ -39,6 +41,7 @@ from imgfs.index import checkpoint, empty_state, index_paths, names_a_name, name
 from imgfs.layout import VOLUME_SEALED, WORDS_AT, Word
 from imgfs.load import stale_directories
 from imgfs.settings import MIB, Settings
+from imgfs.superblock import Superblock
 from imgfs.table import Place, Table, VolumeEntry
 from imgfs.volume import Volume
 from imgfs.volumes import volume_path
@@ -51,10 +54,19 @@ _END_BYTES = 64 * MIB
 _ROLL_BYTES = 4096
 # Data up to this size is written in one call with its header and footer.
 SMALL_BYTES = 1 * MIB
-NO_DATA = Checksums(0, ())
+_NO_DATA = Checksums(0, ())
 # The words from ACTIVE_END to NAMES_CRC, which every append moves on.
 _PROGRESS = struct.Struct("<6Q")
 assert Word.NAMES_CRC - Word.ACTIVE_END == 5
+
+
+class Part(NamedTuple):
+    """A needle to append, and its data: the buffers in *data*, or what *large* yields."""
+
+    needle: Needle
+    data: Sequence[Buffer] = ()
+    sums: Checksums | None = _NO_DATA
+    large: Iterable[Buffer] | None = None
 
 
 class Log:
@@ -217,7 +229,7 @@ class Log:
         with self._disk_errors(self.volume.path):
             self._sync_volume()
             self._words[Word.DURABLE] = self._words[Word.ACTIVE_END]
-            self._write(checkpoint(self.state(), seal=True), [], NO_DATA)
+            self._write(Part(checkpoint(self.state(), seal=True)))
             # Gives back what the extent hint allocated past the end.
             self.volume.truncate(self._words[Word.ACTIVE_END])
             self._sync_volume()
@@ -254,11 +266,12 @@ class Log:
         sums: Checksums | None = None,
         *,
         large: Iterable[Buffer] | None = None,
+        second: Part | None = None,
     ) -> Place:
         """Append *needle* and do what it says to the table; return where it lies.
 
         Its `data_size` bytes are the buffers in *data*, or come from *large* in pieces. Sets sequence number, commit
-        time, durable mark and owner.
+        time, durable mark and owner. *second* is appended with it: both of them count, or none.
 
         Raises:
             StoreFull: no room on the disk; store and table are as before.
@@ -267,14 +280,19 @@ class Log:
         """
         if self._failed:
             raise DiskFailure(self._failed)
-        length = aligned(needle.length)
-        if needle.kind in PUT_KINDS and not self._has_room(length):
+        length = aligned(needle.length) + (aligned(second.needle.length) if second is not None else 0)
+        if (needle.kind in PUT_KINDS or needle.data_size) and not self._has_room(length):
             raise StoreFull("the disk is full: delete images or add space")
         with self._disk_errors(self.volume.path):
             self._make_room(needle, length)
-            if needle.kind not in (Kind.CHECKPOINT, Kind.DELETE, Kind.RENAME):
-                self._define_owner(needle)
-            return self._write(needle, data, sums, large)
+            parts = [Part(needle, data, sums, large)]
+            if second is not None:
+                needle.flags |= FLAG_PAIR
+                parts.append(second)
+            for part in parts:
+                if part.needle.kind in OWNED_KINDS:
+                    self._define_owner(part.needle)
+            return self._write(*parts)
 
     def _has_room(self, size: int) -> bool:
         space = self._disk.space(self._directory)
@@ -296,50 +314,54 @@ class Log:
         known = owner < self._words[Word.OWNERS]
         if not known or self._table.owner_volume(owner) != self._words[Word.ACTIVE]:
             definition = Needle(Kind.OWNER, 0, mode=needle.mode, uid=needle.uid, gid=needle.gid, owner=owner)
-            self._write(definition, [], NO_DATA)
+            self._write(Part(definition))
 
-    def _write(
-        self, needle: Needle, data: list[Buffer], sums: Checksums | None, large: Iterable[Buffer] | None = None
-    ) -> Place:
-        words = self._words
-        state = self.state()
-        entry = words[Word.ACTIVE]
-        needle.sequence = words[Word.NEXT_SEQUENCE]
+    def _write(self, *parts: Part) -> Place:
+        """Append *parts* and apply them in one step; return where the first lies."""
+        before = state = self.state()
+        places = []
+        try:
+            for number, part in enumerate(parts):
+                place, state = self._write_part(part, state, self._words[Word.NEXT_SEQUENCE] + number)
+                places.append(place)
+            with self._memory.change():
+                for part, place in zip(parts, places, strict=True):
+                    self._table.apply(part.needle, place)
+                self._memory.put_word(Word.NEXT_SEQUENCE, self._words[Word.NEXT_SEQUENCE] + len(parts))
+                # One entry of the journal for all six.
+                progress = _PROGRESS.pack(state.end, self._words[Word.DURABLE], *state[1:])
+                self._memory.put(WORDS_AT + 8 * Word.ACTIVE_END, progress)
+        except (Exception, KeyboardInterrupt):
+            self._undo(before)
+            raise
+        return places[0]
+
+    def _write_part(self, part: Part, state: IndexState, sequence: int) -> tuple[Place, IndexState]:
+        """Write one needle, its name and its index record behind *state*; return where, and the state then."""
+        needle = part.needle
+        needle.sequence = sequence
         needle.commit_ns = self.now_ns()
         needle.ctime_ns = needle.ctime_ns or needle.commit_ns
-        needle.durable = words[Word.DURABLE]
+        needle.durable = self._words[Word.DURABLE]
         name_data = pack_name(needle.name) if names_a_name(needle.kind) else b""
         name_offset = state.names_bytes if name_data else 0
-        try:
-            if large is None:
-                self.volume.write_needle(state.end, needle, data, sums)
-            else:
-                self.volume.write_large_needle(state.end, needle, large)
-            if name_data:
-                self._disk.write(self._names_file, state.names_bytes, [name_data])
-            value = self._table.hash(needle.name) if name_data else 0
-            record = pack_record(needle, state.end, name_offset, value)
-            self._disk.write(self._records_file, state.records * INDEX_RECORD_BYTES, [record])
-            place = Place(entry, state.end, name_offset)
-            with self._memory.change():
-                self._table.apply(needle, place)
-                self._memory.put_word(Word.NEXT_SEQUENCE, needle.sequence + 1)
-                # One entry of the journal for all six.
-                self._memory.put(
-                    WORDS_AT + 8 * Word.ACTIVE_END,
-                    _PROGRESS.pack(
-                        state.end + needle.length,
-                        words[Word.DURABLE],
-                        state.records + 1,
-                        crc32c(record, state.records_crc),
-                        state.names_bytes + len(name_data),
-                        crc32c(name_data, state.names_crc),
-                    ),
-                )
-        except (Exception, KeyboardInterrupt):
-            self._undo(state)
-            raise
-        return place
+        if part.large is None:
+            self.volume.write_needle(state.end, needle, part.data, part.sums)
+        else:
+            self.volume.write_large_needle(state.end, needle, part.large)
+        if name_data:
+            self._disk.write(self._names_file, state.names_bytes, [name_data])
+        value = self._table.hash(needle.name) if name_data else 0
+        record = pack_record(needle, state.end, name_offset, value)
+        self._disk.write(self._records_file, state.records * INDEX_RECORD_BYTES, [record])
+        after = IndexState(
+            state.end + needle.length,
+            state.records + 1,
+            crc32c(record, state.records_crc),
+            state.names_bytes + len(name_data),
+            crc32c(name_data, state.names_crc),
+        )
+        return Place(self._words[Word.ACTIVE], state.end, name_offset), after
 
     def _undo(self, state: IndexState) -> None:
         """Cut back what a failed append left, or a scan would take it for the change it was not."""
@@ -388,7 +410,7 @@ class Log:
             if words[Word.ACTIVE] != entry:
                 return  # it was sealed meanwhile, which made it durable
             words[Word.DURABLE] = max(words[Word.DURABLE], state.end)
-            if due and self._if_room(lambda: self._write(checkpoint(state, seal=False), [], NO_DATA)):
+            if due and self._if_room(lambda: self._write(Part(checkpoint(state, seal=False)))):
                 words[Word.CHECKPOINT_RECORDS] = words[Word.INDEX_RECORDS]
                 if final:
                     with self._disk_errors(volume.path):
@@ -434,4 +456,4 @@ class Log:
                 ctime_ns=record.ctime_s * 1_000_000_000,
             )
             self._define_owner(needle)
-            self._write(needle, [], NO_DATA)
+            self._write(Part(needle))

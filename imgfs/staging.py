@@ -18,6 +18,7 @@ from imgfs.memory import Memory
 
 DIRTY = 1  # flag: differs from what the volumes hold
 SPOILED = 2  # flag: a write found the disk full, so that this is not what somebody meant
+ATTRIBUTED = 4  # flag: extended attributes wait in a file of their own for the first needle of the image
 
 
 class Staged(NamedTuple):
@@ -29,6 +30,8 @@ class Staged(NamedTuple):
     size: int
     mtime_ns: int
     ctime_ns: int
+    creator: int = 0
+    """Process that created an image which others must not see before it is closed; 0: all may."""
     name_length: int = 0
     name_field: bytes = b""
 
@@ -109,6 +112,7 @@ class Staging:
 
     def end(self, number: int) -> None:
         """Forget entry *number* and free its bytes."""
+        self.drop_attributes(number)
         self._numbers.pop(self.entry(number).inode, None)
         self.update(number, Staged(0, 0, 0, 0, 0, 0))
         self._disk.truncate(self.file(number), 0)
@@ -130,6 +134,37 @@ class Staging:
     def write(self, number: int, offset: int, data: Buffer) -> None:
         """Write *data* at *offset*; the caller updates the entry."""
         self._disk.write(self.file(number), offset, [data])
+
+    def attributes(self, number: int) -> bytes:
+        """Return the extended attributes that wait for entry *number*, as `set_attributes` got them."""
+        file = self._disk.open(self._attributes_path(number))
+        try:
+            return self._disk.read(file, 0, self._disk.size(file))
+        finally:
+            self._disk.close(file)
+
+    def set_attributes(self, number: int, data: bytes) -> None:
+        """Let the extended attributes *data* wait for entry *number*."""
+        path = self._attributes_path(number)
+        file = self._disk.open(path + ".new", writable=True, create=True)
+        try:
+            self._disk.truncate(file, 0)
+            self._disk.write(file, 0, [data])
+        finally:
+            self._disk.close(file)
+        self._disk.rename(path + ".new", path)
+        entry = self.entry(number)
+        self.update(number, entry._replace(flags=entry.flags | ATTRIBUTED))
+
+    def drop_attributes(self, number: int) -> None:
+        """Forget the extended attributes that wait for entry *number*, if any do."""
+        entry = self.entry(number)
+        if entry.flags & ATTRIBUTED:
+            self.update(number, entry._replace(flags=entry.flags & ~ATTRIBUTED))
+            self._disk.unlink(self._attributes_path(number))
+
+    def _attributes_path(self, number: int) -> str:
+        return f"{self._directory}/{number:04d}.xattrs"
 
     def truncate(self, number: int, size: int) -> None:
         """Cut or extend the file; the caller updates the entry."""
