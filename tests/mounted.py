@@ -39,7 +39,7 @@ PREFIX = os.path.join(tempfile.gettempdir(), "imgfs-mount-test-")
 # Nothing here takes a second when it works; a machine may be busy.
 DEADLINE_S = 30.0
 POLL_S = 0.005
-# No test has one daemon for longer.
+# No test takes longer with one daemon.
 WATCHDOG_S = 100.0
 # The smallest XFS there is.
 XFS_BYTES = 300 * MIB
@@ -292,10 +292,18 @@ class Mounted:
                 cwd="/",
                 env=_environment() | (environment or {}),
             )
-        # Who waits for a daemon that hangs cannot be interrupted, but gets an error when it is killed.
+        self.watch()
+        wait_until(lambda: b"mounted at" in self._logged_since(start), "the mount answers", process=self.process)
+
+    def watch(self) -> None:
+        """Kill the daemon if it still runs in WATCHDOG_S seconds, counted anew at each call.
+
+        Who waits for a daemon that hangs cannot be interrupted, but gets an error when it is killed.
+        """
+        assert self.process is not None
+        self._unwatch()
         self._watchdog = threading.Timer(WATCHDOG_S, self.process.kill)
         self._watchdog.start()
-        wait_until(lambda: b"mounted at" in self._logged_since(start), "the mount answers", process=self.process)
 
     def stop(self) -> None:
         """Unmount as a user does; the daemon has to end by itself, and well."""
@@ -350,9 +358,13 @@ class Mounted:
 
     def _forget_process(self) -> None:
         self.process = None
+        self._unwatch()
+
+    def _unwatch(self) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
             self._watchdog.join()
+            self._watchdog = None
 
     def _logged_since(self, start: int) -> bytes:
         return self.log.read_bytes()[start:]
