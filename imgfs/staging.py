@@ -6,6 +6,7 @@ Owns the staging files and entries. Must not know needles: the store turns an en
 file of an entry by its number.
 """
 
+import contextlib
 import threading
 from typing import NamedTuple
 
@@ -161,7 +162,8 @@ class Staging:
         entry = self.entry(number)
         if entry.flags & ATTRIBUTED:
             self.update(number, entry._replace(flags=entry.flags & ~ATTRIBUTED))
-            self._disk.unlink(self._attributes_path(number))
+            with contextlib.suppress(OSError):  # nobody looks at it any more, and the next start removes it
+                self._disk.unlink(self._attributes_path(number))
 
     def _attributes_path(self, number: int) -> str:
         return f"{self._directory}/{number:04d}.xattrs"
