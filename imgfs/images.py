@@ -67,8 +67,14 @@ class Images:
         self._handles = handles
         self._staging = staging
         self._log = log
+        if log is not None:
+            log.unstage = staging.clean
         self._cache: OrderedDict[tuple[int, int, int], Whole | bytes] = OrderedDict()
         self._cache_bytes = 0
+        self._cache_lock = threading.Lock()
+
+    def after_fork(self) -> None:
+        """Be a process of its own."""
         self._cache_lock = threading.Lock()
 
     def record(self, inode: int) -> Record:
@@ -244,15 +250,7 @@ class Images:
         size = 0 if empty else record.size
         self.writer().check_room(size)
         entry = Staged(inode, 0, record.owner, size, record.mtime_ns, now)
-        number = self._staging.begin(entry)
-        try:
-            at = 0
-            for piece in self._pieces(inode, record) if size else ():
-                self._staging.write(number, at, piece)
-                at += len(piece)
-        except BaseException:
-            self._staging.end(number)
-            raise
+        number = self._staging.begin(entry, self._pieces(inode, record) if size else ())
         self._set_staged(inode, on=True)
         return number
 
@@ -382,10 +380,9 @@ class Images:
             data = self._staging.read(number, 0, entry.size)
             if len(data) < entry.size:  # the file is sparse at its end
                 data += bytes(entry.size - len(data))
-            self.writer().append(needle, [data] if data else [])
+            self.writer().append(needle, [data] if data else [], staged=number)
         else:
-            self.writer().append(needle, [], large=self._staged_pieces(number, entry.size))
-        self._staging.update(number, entry._replace(flags=entry.flags & ~DIRTY))
+            self.writer().append(needle, [], large=self._staged_pieces(number, entry.size), staged=number)
 
     def _staged_pieces(self, number: int, size: int) -> Iterator[bytes]:
         for at in range(0, size, CHUNK_BYTES):

@@ -3,9 +3,11 @@
 Owns the active volume, its index files, sequence numbers, checkpoints, sealing and rolling. Must not know open
 images or what a caller wants; a needle comes in, and lies on disk and in the table when `append` returns.
 
-Order of an append (docs/crash.md): needle, name, index record, table. The needle is the commit point.
+Order of an append (docs/crash.md): needle, name, index record, table. The needle is the commit point: whoever takes
+the lock after a writer was killed finishes what has got so far (`carry_on`).
 
-*Concurrency:* everything under `Memory.lock` but the wait for the disk in `sync`.
+*Concurrency:* everything under `Memory.lock` but the wait for the disk in `sync`. Which volume is active is said in
+shared memory; each process opens its files when it finds that it moved.
 """
 
 import os
@@ -18,10 +20,12 @@ from contextlib import AbstractContextManager, contextmanager
 from crc32c import crc32c
 
 from imgfs.disk import Buffer, Disk
-from imgfs.errors import DiskFailure, StoreFull, disk_error
+from imgfs.errors import Damaged, DiskFailure, StoreFull, disk_error
 from imgfs.format import (
+    FLAG_SEAL,
     INDEX_RECORD_BYTES,
     NAMES_BYTES_LIMIT,
+    NEEDLE_HEADER_BYTES_MAX,
     NEEDLES_START,
     PUT_KINDS,
     VOLUME_BYTES_LIMIT,
@@ -36,8 +40,9 @@ from imgfs.format import (
     inode_of,
 )
 from imgfs.index import checkpoint, empty_state, index_paths, names_a_name, names_header, pack_name, pack_record
-from imgfs.layout import VOLUME_SEALED, WORDS_AT, Word
+from imgfs.layout import VOLUME_SEALED, WORDS_AT, Word, appended_for, appending
 from imgfs.load import stale_directories
+from imgfs.requests import Requests
 from imgfs.settings import MIB, Settings
 from imgfs.table import Place, Table, VolumeEntry
 from imgfs.volume import Volume
@@ -52,9 +57,24 @@ _ROLL_BYTES = 4096
 # Data up to this size is written in one call with its header and footer.
 SMALL_BYTES = 1 * MIB
 NO_DATA = Checksums(0, ())
-# The words from ACTIVE_END to NAMES_CRC, which every append moves on.
+# The words from ACTIVE_END to APPENDING, which every append moves on.
 _PROGRESS = struct.Struct("<6Q")
-assert Word.NAMES_CRC - Word.ACTIVE_END == 5
+assert Word.APPENDING - Word.ACTIVE_END == 5
+
+
+class Failure:
+    """Why a store takes no changes, in the upper half of Word.FAILED; the lower half is the errno."""
+
+    LOST = 1
+    UNCUT = 2
+    UNNAMED = 3
+
+
+_FAILURES = {
+    Failure.LOST: "the disk lost data that was written",
+    Failure.UNCUT: "a failed append cannot be cut back",
+    Failure.UNNAMED: "the name of this volume may not be durable",
+}
 
 
 class Log:
@@ -70,10 +90,21 @@ class Log:
         self._memory = table.memory
         self._words = table.memory.words
         self._volume: Volume | None = None
+        self._entry = -1
         self._records_file = -1
         self._names_file = -1
-        self._failed: str | None = None
         self._one_sync = threading.Lock()
+        # What a request needs besides the table when its needle is applied, and the row of the one in hand.
+        self.requests: Requests | None = None
+        self.requester = -1
+        self.unstage: Callable[[int], None] | None = None
+        self._memory.on_unfinished = self.carry_on
+
+    def after_fork(self) -> None:
+        """Be a process of its own: a file that is shared with the parent is told of a failed sync only once."""
+        self._release_files()
+        self._one_sync = threading.Lock()
+        self.requester = -1
 
     def close(self) -> None:
         """Close the files; nothing is written."""
@@ -96,10 +127,28 @@ class Log:
 
     @property
     def volume(self) -> Volume:
-        """The active volume."""
-        if self._volume is None:
-            raise AssertionError("no volume is active")
+        """The active volume, which another process may have begun."""
+        if self._volume is None or self._entry != self._words[Word.ACTIVE]:
+            self._follow()
+        assert self._volume is not None
         return self._volume
+
+    def _follow(self) -> None:
+        """Open the files of the volume that is active now."""
+        self._release_files()
+        entry = self._words[Word.ACTIVE]
+        path = volume_path(self._directory, self._table.volume(entry).volume_id)
+        self._activate(Volume.open(self._disk, path, writable=True), entry)
+
+    def _fail(self, reason: int, error: OSError) -> None:
+        """Let no process change anything any more."""
+        self._words[Word.FAILED] = reason << 32 | (error.errno or 0)
+
+    def _check(self) -> None:
+        failed = self._words[Word.FAILED]
+        if failed:
+            text = f"{_FAILURES[failed >> 32]} ({os.strerror(failed & 0xFFFF_FFFF)})"
+            raise DiskFailure(f"{self._directory}: {text}; mount again")
 
     # -- volumes ----------------------------------------------------------------------------------------------
 
@@ -121,13 +170,14 @@ class Log:
 
     def resume(self, path: str, entry: int, state: IndexState, next_sequence: int, *, checkpointed: bool) -> None:
         """Go on in the volume at *path*, which is durable and whose index files have *state*."""
-        self._activate(Volume.open(self._disk, path, writable=True))
-        self._set_words(entry, state, state.end, next_sequence)
+        self._activate(Volume.open(self._disk, path, writable=True), entry)
+        with self._memory.change():
+            self._set_words(entry, state, state.end, next_sequence)
         if checkpointed:
             self._words[Word.CHECKPOINT_RECORDS] = state.records
 
     def begin_volume(self, previous: PreviousEnd | None = None) -> None:
-        """Make a new active volume; the last one must be sealed.
+        """Make a new active volume; the last one must be sealed. One that a killed writer has made is taken.
 
         With *previous*, the last one ended in torn bytes and could not be sealed by a needle of its own: the new one
         says where it ended. It gets its name only once it also holds what those needles had changed by implication.
@@ -135,6 +185,8 @@ class Log:
         # Names count, not the table: a volume whose header is damaged must not be overwritten.
         stems = [name.partition(".")[0] for name in self._disk.names(self._directory)]
         volume_id = 1 + max((int(stem) for stem in stems if stem.isdigit()), default=0)
+        if previous is None and self._take_over(volume_id - 1):
+            return
         sequence = max(1, self._words[Word.NEXT_SEQUENCE])
         header = VolumeHeader(
             self._superblock.store_id,
@@ -149,56 +201,89 @@ class Log:
         extent = _EXTENT_BYTES if self._settings.volume_bytes_max >= 16 * _EXTENT_BYTES else 0
         with self._disk_errors(path):
             volume = Volume.create(self._disk, path + ".new", header, extent)
-            paths = index_paths(path)
-            for index_path, data in ((paths.records, b""), (paths.names, names_header(volume_id))):
-                file = self._disk.open(index_path, writable=True, create=True)
-                self._disk.truncate(file, 0)
-                self._disk.write(file, 0, [data])
-                self._disk.close(file)
+            self._make_index(path, volume_id)
             if previous is None:
                 self._publish(volume, path)
-        self._release_files()
-        self._activate(volume, paths_of=path)
-        with self._memory.change():
-            entry = self._table.add_volume(VolumeEntry(volume_id, NEEDLES_START, sequence, 0))
-        self._set_words(entry, empty_state(volume_id), NEEDLES_START, sequence)
+        self._enter(volume, path)
         if previous is not None:
             self._settle_directories()
             with self._disk_errors(path):
                 self._publish(volume, path)
 
+    def _make_index(self, path: str, volume_id: int) -> None:
+        """Make the index files of a volume that holds nothing yet."""
+        paths = index_paths(path)
+        for index_path, data in ((paths.records, b""), (paths.names, names_header(volume_id))):
+            file = self._disk.open(index_path, writable=True, create=True)
+            self._disk.truncate(file, 0)
+            self._disk.write(file, 0, [data])
+            self._disk.close(file)
+
+    def _enter(self, volume: Volume, path: str) -> None:
+        """Make *volume*, which holds nothing yet, the active one, in one step."""
+        header = volume.header
+        with self._memory.change():
+            entry = self._table.add_volume(VolumeEntry(header.volume_id, NEEDLES_START, header.first_sequence, 0))
+            self._set_words(entry, empty_state(header.volume_id), NEEDLES_START, header.first_sequence)
+        self._release_files()
+        self._activate(volume, entry, paths_of=path)
+
+    def _take_over(self, volume_id: int) -> bool:
+        """Enter the volume *volume_id* if a writer was killed when it had made that, and before it entered it."""
+        words = self._words
+        path = volume_path(self._directory, volume_id)
+        known = any(self._table.volume(entry).volume_id == volume_id for entry in range(words[Word.VOLUMES]))
+        if known or not self._disk.exists(path):
+            return False
+        try:
+            volume = Volume.open(self._disk, path, writable=True)
+        except Damaged:
+            return False  # it was there before this store was opened
+        if volume.header.first_sequence != words[Word.NEXT_SEQUENCE] or volume.size() != NEEDLES_START:
+            volume.close()
+            return False
+        with self._disk_errors(path):
+            self._make_index(path, volume_id)
+            self._sync_volume(volume)
+            self._sync_names()
+        self._enter(volume, path)
+        return True
+
     def _publish(self, volume: Volume, path: str) -> None:
         """Make *volume* durable under its final name."""
         self._sync_volume(volume)
         self._disk.rename(path + ".new", path)
+        self._sync_names()
+        volume.path = path
+
+    def _sync_names(self) -> None:
         try:
             self._disk.sync_directory(self._directory)
         except OSError as error:
-            self._failed = f"{path}: its name may not be durable ({error.strerror}); mount again"
+            self._fail(Failure.UNNAMED, error)
             raise
-        volume.path = path
 
-    def _activate(self, volume: Volume, paths_of: str | None = None) -> None:
+    def _activate(self, volume: Volume, entry: int, paths_of: str | None = None) -> None:
         paths = index_paths(paths_of or volume.path)
-        self._volume = volume
+        self._volume, self._entry = volume, entry
         # Power loss may have taken the name of a file that holds nothing yet.
         self._records_file = self._disk.open(paths.records, writable=True, create=True)
         self._names_file = self._disk.open(paths.names, writable=True)
 
     def _set_words(self, entry: int, state: IndexState, durable: int, next_sequence: int) -> None:
-        with self._memory.change():
-            for word, value in (
-                (Word.ACTIVE, entry),
-                (Word.ACTIVE_END, state.end),
-                (Word.DURABLE, durable),
-                (Word.INDEX_RECORDS, state.records),
-                (Word.INDEX_CRC, state.records_crc),
-                (Word.NAMES_END, state.names_bytes),
-                (Word.NAMES_CRC, state.names_crc),
-                (Word.CHECKPOINT_RECORDS, 0),
-                (Word.NEXT_SEQUENCE, next_sequence),
-            ):
-                self._memory.put_word(word, value)
+        """Within `Memory.change`."""
+        for word, value in (
+            (Word.ACTIVE, entry),
+            (Word.ACTIVE_END, state.end),
+            (Word.DURABLE, durable),
+            (Word.INDEX_RECORDS, state.records),
+            (Word.INDEX_CRC, state.records_crc),
+            (Word.NAMES_END, state.names_bytes),
+            (Word.NAMES_CRC, state.names_crc),
+            (Word.CHECKPOINT_RECORDS, 0),
+            (Word.NEXT_SEQUENCE, next_sequence),
+        ):
+            self._memory.put_word(word, value)
 
     def state(self) -> IndexState:
         """Return how far the active volume and its index files reach."""
@@ -218,13 +303,19 @@ class Log:
             self._sync_volume()
             self._words[Word.DURABLE] = self._words[Word.ACTIVE_END]
             self._write(checkpoint(self.state(), seal=True), [], NO_DATA)
+            self._finish_seal()
+
+    def _finish_seal(self) -> None:
+        """Make the seal of the active volume durable; a killed writer may not have done it."""
+        words = self._words
+        if words[Word.DURABLE] < words[Word.ACTIVE_END]:
             # Gives back what the extent hint allocated past the end.
-            self.volume.truncate(self._words[Word.ACTIVE_END])
+            self.volume.truncate(words[Word.ACTIVE_END])
             self._sync_volume()
-        entry = self._words[Word.ACTIVE]
-        row = self._table.volume(entry)
-        with self._memory.change():
-            self._table.set_volume(entry, row._replace(end=self._words[Word.ACTIVE_END], flags=VOLUME_SEALED))
+            words[Word.DURABLE] = words[Word.ACTIVE_END]
+
+    def _is_sealed(self) -> bool:
+        return bool(self._table.volume(self._words[Word.ACTIVE]).flags & VOLUME_SEALED)
 
     def must_roll(self, size: int) -> bool:
         """Return whether appending *size* bytes may have to seal the volume first, which waits for the disk."""
@@ -236,8 +327,8 @@ class Log:
         names_end = self._words[Word.NAMES_END] + 1 + len(needle.name)
         limit = min(self._settings.volume_bytes_max, VOLUME_BYTES_LIMIT - _END_BYTES)
         fits = end <= limit and names_end <= NAMES_BYTES_LIMIT
-        row = self._table.volume(self._words[Word.ACTIVE])
-        if row.flags & VOLUME_SEALED:
+        if self._is_sealed():
+            self._finish_seal()
             self.begin_volume()
         elif not fits and self._words[Word.ACTIVE_END] > NEEDLES_START:
             if needle.data_size == 0 and end <= VOLUME_BYTES_LIMIT - _END_BYTES // 2 and not self._has_room(0):
@@ -254,19 +345,21 @@ class Log:
         sums: Checksums | None = None,
         *,
         large: Iterable[Buffer] | None = None,
+        answers: bool = False,
+        staged: int = -1,
     ) -> Place:
         """Append *needle* and do what it says to the table; return where it lies.
 
         Its `data_size` bytes are the buffers in *data*, or come from *large* in pieces. Sets sequence number, commit
-        time, durable mark and owner.
+        time, durable mark and owner. *answers*: it is all that the request in hand asks for. *staged*: it stores what
+        is in that staging entry.
 
         Raises:
             StoreFull: no room on the disk; store and table are as before.
             StoreLimit: as `Table.owner_index`.
             DiskFailure: the disk refused; store and table are as before, or the store takes no more changes.
         """
-        if self._failed:
-            raise DiskFailure(self._failed)
+        self._check()
         length = aligned(needle.length)
         if needle.kind in PUT_KINDS and not self._has_room(length):
             raise StoreFull("the disk is full: delete images or add space")
@@ -274,7 +367,7 @@ class Log:
             self._make_room(needle, length)
             if needle.kind not in (Kind.CHECKPOINT, Kind.DELETE, Kind.RENAME):
                 self._define_owner(needle)
-            return self._write(needle, data, sums, large)
+            return self._write(needle, data, sums, large, self.requester if answers else -1, staged)
 
     def _has_room(self, size: int) -> bool:
         space = self._disk.space(self._directory)
@@ -299,47 +392,83 @@ class Log:
             self._write(definition, [], NO_DATA)
 
     def _write(
-        self, needle: Needle, data: list[Buffer], sums: Checksums | None, large: Iterable[Buffer] | None = None
+        self,
+        needle: Needle,
+        data: list[Buffer],
+        sums: Checksums | None,
+        large: Iterable[Buffer] | None = None,
+        row: int = -1,
+        staged: int = -1,
     ) -> Place:
         words = self._words
         state = self.state()
-        entry = words[Word.ACTIVE]
+        volume = self.volume
         needle.sequence = words[Word.NEXT_SEQUENCE]
         needle.commit_ns = self.now_ns()
         needle.ctime_ns = needle.ctime_ns or needle.commit_ns
         needle.durable = words[Word.DURABLE]
-        name_data = pack_name(needle.name) if names_a_name(needle.kind) else b""
-        name_offset = state.names_bytes if name_data else 0
+        words[Word.APPENDING] = appending(row, staged)
         try:
             if large is None:
-                self.volume.write_needle(state.end, needle, data, sums)
+                volume.write_needle(state.end, needle, data, sums)
             else:
-                self.volume.write_large_needle(state.end, needle, large)
-            if name_data:
-                self._disk.write(self._names_file, state.names_bytes, [name_data])
-            value = self._table.hash(needle.name) if name_data else 0
-            record = pack_record(needle, state.end, name_offset, value)
-            self._disk.write(self._records_file, state.records * INDEX_RECORD_BYTES, [record])
-            place = Place(entry, state.end, name_offset)
-            with self._memory.change():
-                self._table.apply(needle, place)
-                self._memory.put_word(Word.NEXT_SEQUENCE, needle.sequence + 1)
-                # One entry of the journal for all six.
-                self._memory.put(
-                    WORDS_AT + 8 * Word.ACTIVE_END,
-                    _PROGRESS.pack(
-                        state.end + needle.length,
-                        words[Word.DURABLE],
-                        state.records + 1,
-                        crc32c(record, state.records_crc),
-                        state.names_bytes + len(name_data),
-                        crc32c(name_data, state.names_crc),
-                    ),
-                )
+                volume.write_large_needle(state.end, needle, large)
+            return self._apply(needle, state, row, staged)
         except (Exception, KeyboardInterrupt):
             self._undo(state)
             raise
+
+    def _apply(self, needle: Needle, state: IndexState, row: int, staged: int) -> Place:
+        """Append to the index what *needle* says, which stands at the end of the volume, and do it to the table."""
+        words = self._words
+        entry = words[Word.ACTIVE]
+        name_data = pack_name(needle.name) if names_a_name(needle.kind) else b""
+        name_offset = state.names_bytes if name_data else 0
+        if name_data:
+            self._disk.write(self._names_file, state.names_bytes, [name_data])
+        value = self._table.hash(needle.name) if name_data else 0
+        record = pack_record(needle, state.end, name_offset, value)
+        self._disk.write(self._records_file, state.records * INDEX_RECORD_BYTES, [record])
+        place = Place(entry, state.end, name_offset)
+        with self._memory.change():
+            self._table.apply(needle, place)
+            self._memory.put_word(Word.NEXT_SEQUENCE, needle.sequence + 1)
+            # One entry of the journal for all six.
+            self._memory.put(
+                WORDS_AT + 8 * Word.ACTIVE_END,
+                _PROGRESS.pack(
+                    state.end + needle.length,
+                    state.records + 1,
+                    crc32c(record, state.records_crc),
+                    state.names_bytes + len(name_data),
+                    crc32c(name_data, state.names_crc),
+                    0,
+                ),
+            )
+            if needle.kind == Kind.CHECKPOINT and needle.flags & FLAG_SEAL:
+                sealed = self._table.volume(entry)._replace(end=state.end + needle.length, flags=VOLUME_SEALED)
+                self._table.set_volume(entry, sealed)
+            if row >= 0 and self.requests is not None:
+                self.requests.applied(row, needle.inode)
+            if staged >= 0 and self.unstage is not None:
+                self.unstage(staged)
         return place
+
+    def carry_on(self) -> None:
+        """Within the lock: finish the append that a killed writer had begun, or cut away what there is of it."""
+        state = self.state()
+        volume = self.volume
+        row, staged = appended_for(self._words[Word.APPENDING])
+        needle = volume.unpack(volume.read(state.end, NEEDLE_HEADER_BYTES_MAX), state.end)
+        with self._disk_errors(volume.path):
+            if needle is None or not volume.whole(needle, state.end):
+                self._undo(state)
+                return
+            try:
+                self._apply(needle, state, row, staged)
+            except (Exception, KeyboardInterrupt):
+                self._undo(state)
+                raise
 
     def _undo(self, state: IndexState) -> None:
         """Cut back what a failed append left, or a scan would take it for the change it was not."""
@@ -348,7 +477,8 @@ class Log:
             self._disk.truncate(self._names_file, state.names_bytes)
             self._disk.truncate(self._records_file, state.records * INDEX_RECORD_BYTES)
         except OSError as error:
-            self._failed = f"{self.volume.path}: a failed append cannot be cut back ({error.strerror}); mount again"
+            self._fail(Failure.UNCUT, error)
+        self._words[Word.APPENDING] = 0
 
     @contextmanager
     def _disk_errors(self, path: str) -> Iterator[None]:
@@ -367,10 +497,12 @@ class Log:
         """
         memory, words = self._memory, self._words
         with memory.lock():
-            if self._failed:
-                raise DiskFailure(self._failed)
-            if self._table.volume(words[Word.ACTIVE]).flags & VOLUME_SEALED:
-                return  # the next volume could not be begun yet; this one is durable, and nothing may follow its seal
+            self._check()
+            if self._is_sealed():
+                # The next volume could not be begun yet, and nothing may follow the seal of this one.
+                with self._disk_errors(self.volume.path):
+                    self._finish_seal()
+                return
             since = words[Word.INDEX_RECORDS] - words[Word.CHECKPOINT_RECORDS]
             due = since >= self._settings.checkpoint_needles or (final and since > 0)
             if due:
@@ -409,12 +541,11 @@ class Log:
         # The kernel reports a lost page once for an open file and then forgets it: no later sync would say the truth,
         # nor one at the same time, such as that of a seal.
         with self._one_sync:
-            if self._failed:
-                raise DiskFailure(self._failed)
+            self._check()
             try:
                 volume.sync()
             except OSError as error:
-                self._failed = f"{volume.path}: the disk lost data that was written ({error.strerror}); mount again"
+                self._fail(Failure.LOST, error)
                 raise
 
     def _settle_directories(self) -> None:

@@ -29,6 +29,12 @@ class Tree(View):
         with log.lock():
             return change(log.now_ns())
 
+    def _applied(self, inode: int) -> None:
+        """Within `Memory.change`: mark the request in hand as applied where no needle does it."""
+        row = self._images.writer().requester
+        if row >= 0:
+            self.requests.applied(row, inode)
+
     def _free_name(self, parent: int, name: bytes) -> None:
         """Make sure that *name* can be given in *parent*."""
         if self._directory(parent).flags & Flag.DEAD:
@@ -50,7 +56,7 @@ class Tree(View):
             self._free_name(parent, name)
             inode = self._new_inode()
             needle = Needle(Kind.DIRECTORY, inode, parent, name, 0, mode, uid, gid, mtime_ns=now_ns, ctime_ns=now_ns)
-            self._images.writer().append(needle, [])
+            self._images.writer().append(needle, [], answers=True)
             return inode
 
         return self._locked(change)
@@ -113,9 +119,9 @@ class Tree(View):
                 buffers = [piece for piece in pieces if len(piece)]
                 if sum(map(len, buffers)) != size:
                     raise InvalidArgument(f"the data of {name!r} has not the {size} bytes it was said to have")
-                self._images.writer().append(needle, buffers)
+                self._images.writer().append(needle, buffers, answers=True)
             else:
-                self._images.writer().append(needle, [], large=pieces)
+                self._images.writer().append(needle, [], large=pieces, answers=True)
             self._images.drop_staged(inode)
             return inode
 
@@ -128,9 +134,10 @@ class Tree(View):
         if record.flags & Flag.UNBORN:
             with self._memory.change():
                 self._table.delete_unborn(slot, now_ns)
+                self._applied(inode)
         else:
             needle = Needle(Kind.DELETE, inode, self.parent(inode), ctime_ns=now_ns)
-            self._images.writer().append(needle, [])
+            self._images.writer().append(needle, [], answers=True)
         self._images.end_staging(inode)
 
     def unlink(self, parent: int, name: bytes) -> None:
@@ -191,7 +198,7 @@ class Tree(View):
             if target and self._images.record(target).flags & Flag.UNBORN:
                 self._images.commit(target)
             needle = Needle(Kind.RENAME, inode, new_parent, new_name, ctime_ns=now_ns, extras=extras)
-            self._images.writer().append(needle, [])
+            self._images.writer().append(needle, [], answers=True)
             if target:
                 self._images.end_staging(target)
 
