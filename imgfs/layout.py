@@ -62,6 +62,7 @@ def appended_for(value: int) -> tuple[int, int]:
     """Return what `appending` was given."""
     return (value >> 8 & 0xFF_FFFF) - 1, (value >> 32) - 1
 
+
 _NEXT = 0
 
 

@@ -21,8 +21,9 @@ from imgfs.handles import Handles
 from imgfs.layout import NOTE, NOTES_AT, REQUEST, REQUESTS_AT, REQUESTS_MAX, TASKS_MAX, WORKERS_MAX, Word
 from imgfs.memory import Memory
 
-__all__ = ["TASKS_MAX", "WORKERS_MAX", "Request", "Requests", "Result"]
+__all__ = ["NOBODY", "TASKS_MAX", "WORKERS_MAX", "Request", "Requests", "Result"]
 
+NOBODY = -1  # in place of a row: what is done is not done for a request
 # A request in hand at so many deaths is not handed to another worker.
 DEATHS_MAX = 2
 # What the kernel resends is read at once; a request that its sender gave up meanwhile never comes.
@@ -131,10 +132,10 @@ class Requests:
         for row in range(worker * TASKS_MAX, (worker + 1) * TASKS_MAX):
             self.end(row)
 
-    def settle(self, worker: int, resent: Sequence[Request], *, counts: bool) -> list[Request]:
+    def settle(self, worker: int, resent: Sequence[Request], *, by_itself: bool) -> list[Request]:
         """Settle what *worker*, which died, had in hand; return what no other worker should be given.
 
-        *resent* is all that the kernel sent again. *counts*: nobody killed it, so each of these may be why it died.
+        *resent* is all that the kernel sent again. *by_itself*: nobody killed it, so each of these may be why it died.
         Comes after `Store.roll_forward`, which may find that one of them was applied.
         """
         self._forget_notes_but(resent)
@@ -148,7 +149,7 @@ class Requests:
                     handle = self._rows[_ROW_WORDS * row + _HANDLE]
                     if handle:
                         self._handles.free(handle)
-                    if counts and self._count_death(request) >= DEATHS_MAX:
+                    if by_itself and self._count_death(request) >= DEATHS_MAX:
                         poisoned.append(request)
             self.end(row)
         return poisoned

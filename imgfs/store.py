@@ -7,7 +7,8 @@ used as a library. Names are looked up in view.py and changed in tree.py.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
@@ -20,6 +21,7 @@ from imgfs.layout import Flag
 from imgfs.memory import Memory
 from imgfs.opening import ROOT, Opened, attach_parts, make_store, open_parts
 from imgfs.recover import Damage
+from imgfs.requests import NOBODY, Request
 from imgfs.settings import Settings
 from imgfs.staging import DIRTY, Staged
 from imgfs.table import Record
@@ -105,13 +107,21 @@ class Store(Tree):
 
     @property
     def requester(self) -> int:
-        """The row of the request that the next change is made for, -1 for none; one change at a time."""
-        return self._log.requester if self._log is not None else -1
+        """The row of the request that the next change is made for, or NOBODY; one change at a time."""
+        return self._log.requester if self._log is not None else NOBODY
 
     @requester.setter
     def requester(self, row: int) -> None:
         if self._log is not None:
             self._log.requester = row
+
+    def settle(self, worker: int, resent: Sequence[Request], *, by_itself: bool) -> list[Request]:
+        """Settle what a worker that died had in hand, as `Requests.settle`; comes after `roll_forward`."""
+        return self.requests.settle(worker, resent, by_itself=by_itself)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Be the only one who may change the store; a change takes it by itself."""
+        return self._memory.lock()
 
     def try_lock(self) -> bool:
         """Become the only one who may change the store, if nobody is; then `unlock` must follow."""
@@ -184,7 +194,7 @@ class Store(Tree):
     # -- open images ------------------------------------------------------------------------------------------
 
     def open_image(
-        self, inode: int, *, write: bool = False, truncate: bool = False, nowait: bool = False, row: int = -1
+        self, inode: int, *, write: bool = False, truncate: bool = False, nowait: bool = False, row: int = NOBODY
     ) -> int:
         """Return a handle on the image *inode*; at most 4 MiB are verified before it returns.
 
