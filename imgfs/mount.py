@@ -87,7 +87,9 @@ async def _mounted(store: Store, path: str, options: MountOptions, ready: Callab
     if timeout_s is None:
         timeout_s = TIMEOUT_S if options.writable else READER_TIMEOUT_S
     sync_interval_s = options.sync_interval_s or Settings().sync_interval_s
-    filesystem = Filesystem(store, timeout_s=timeout_s)
+    filesystem = Filesystem(
+        store, timeout_s=timeout_s, xattrs=options.xattrs, publish_at_close=options.publish_at_close
+    )
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals, _fuse(filesystem, store, path, options):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_announce, path, options, ready)

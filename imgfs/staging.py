@@ -19,6 +19,8 @@ from imgfs.memory import Memory
 
 DIRTY = 1  # flag: differs from what the volumes hold
 SPOILED = 2  # flag: a write found the disk full, so that this is not what somebody meant
+ATTRIBUTED = 4  # flag: extended attributes wait in a file of their own for the first needle of the image
+_TURN = 8  # flag: which of two such files it is
 
 
 class Staged(NamedTuple):
@@ -30,6 +32,8 @@ class Staged(NamedTuple):
     size: int
     mtime_ns: int
     ctime_ns: int
+    creator: int = 0
+    """Process that created an image which others must not see before it is closed; 0: all may."""
     name_length: int = 0
     name_field: bytes = b""
 
@@ -96,9 +100,9 @@ class Staging:
             self.put(number, entry)
 
     def clean(self, number: int) -> None:
-        """Within `Memory.change`: note that a needle holds what is in entry *number*."""
+        """Within `Memory.change`: note that needles hold what is in entry *number*."""
         entry = self.entry(number)
-        self.put(number, entry._replace(flags=entry.flags & ~DIRTY))
+        self.put(number, entry._replace(flags=entry.flags & ~(DIRTY | ATTRIBUTED)))
 
     def begin(self, entry: Staged, pieces: Iterable[Buffer] = ()) -> int:
         """Make *entry* with a file that holds *pieces*; return its number.
@@ -160,6 +164,29 @@ class Staging:
     def write(self, number: int, offset: int, data: Buffer) -> None:
         """Write *data* at *offset*; the caller updates the entry."""
         self._disk.write(self.file(number), offset, [data])
+
+    def attributes(self, number: int) -> bytes:
+        """Return the extended attributes that wait for entry *number*, as `write_attributes` got them."""
+        file = self._disk.open(self._attributes_path(number, self.entry(number).flags))
+        try:
+            return self._disk.read(file, 0, self._disk.size(file))
+        finally:
+            self._disk.close(file)
+
+    def write_attributes(self, number: int, data: bytes) -> Staged:
+        """Return the entry *number* as it is when the extended attributes *data* wait for it; `put` makes it so."""
+        entry = self.entry(number)
+        flags = (entry.flags | ATTRIBUTED) ^ _TURN
+        file = self._disk.open(self._attributes_path(number, flags), writable=True, create=True)
+        try:
+            self._disk.truncate(file, 0)
+            self._disk.write(file, 0, [data])
+        finally:
+            self._disk.close(file)
+        return entry._replace(flags=flags)
+
+    def _attributes_path(self, number: int, flags: int) -> str:
+        return f"{self._directory}/{number:04d}.xattrs{1 if flags & _TURN else 0}"
 
     def truncate(self, number: int, size: int) -> None:
         """Cut or extend the file; the caller updates the entry."""
