@@ -156,7 +156,7 @@ class Flag:
     STAGED = 0x20  # being written: size and data are in staging
     UNBORN = 0x40  # created, but no needle has named it yet; its name is in staging
     STALE_MTIME = 0x80  # a directory that changed since its last needle
-    LINKED = 0x80  # of all else: it has or had further names; rare.py knows how many
+    LINKED = 0x80  # of all else: it has further names; rare.py knows how many
 
 
 # Offsets of single fields within a record, for changes of one field.

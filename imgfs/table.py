@@ -346,11 +346,11 @@ class Table:
         record = self.record(slot)
         if not record.live or record.generation != inode >> 32:
             return
-        entry = self.rare.get(slot, record.generation)
         if by:
-            self.rare.put(slot, record.generation, entry._replace(links=max(0, entry.links + by)))
-            if not record.flags & Flag.LINKED:
-                self.set_flags(slot, record.flags | Flag.LINKED)
+            entry = self.rare.get(slot, record.generation)
+            links = max(0, entry.links + by)
+            self.rare.put(slot, record.generation, entry._replace(links=links))
+            self.set_flags(slot, record.flags & ~Flag.LINKED | (Flag.LINKED if links else 0))
         self.memory.put_u32(record_at(slot) + AT_CTIME, seconds(now_ns))
 
     def _set_xattrs(self, needle: Needle, place: Place) -> None:
