@@ -90,6 +90,15 @@ class Staging:
         """Return entry *number*."""
         return Staged._make(STAGED.unpack_from(self._memory.map, STAGED_AT + STAGED_BYTES * number))
 
+    def look(self, number: int) -> Staged:
+        """Return entry *number* as it was before or after a change; outside of any."""
+        words = self._memory.words
+        before = words[Word.COUNTER]
+        entry = self.entry(number)
+        if before & 1 or words[Word.COUNTER] != before:
+            return self._memory.consistent(lambda: self.entry(number))
+        return entry
+
     def put(self, number: int, entry: Staged) -> None:
         """Within `Memory.change`: change what of entry *number* can change."""
         self._memory.put(STAGED_AT + STAGED_BYTES * number + AT_STAGED_STATE, STAGED_STATE.pack(*entry[1:6]))
@@ -157,9 +166,8 @@ class Staging:
             return file
 
     def read(self, number: int, offset: int, size: int, *, nowait: bool = False) -> bytes:
-        """Return up to *size* bytes at *offset* of what was written; WouldBlock as Disk.read."""
-        size = max(0, min(size, self.entry(number).size - offset))
-        return self._disk.read(self.file(number), offset, size, nowait=nowait) if size else b""
+        """Return up to *size* bytes at *offset* of the file; WouldBlock as Disk.read."""
+        return self._disk.read(self.file(number), offset, size, nowait=nowait) if size > 0 else b""
 
     def write(self, number: int, offset: int, data: Buffer) -> None:
         """Write *data* at *offset*; the caller updates the entry."""
