@@ -1,9 +1,12 @@
 """The FUSE handlers: each translates a request, makes one store call, and translates the answer back.
 
 Owns nothing but two locks and the threads that wait for the disk; all state is in the store. Must not know how
-images are kept, nor how the mount came about. What is not answered here is answered by the kernel, which stops
-asking after one ENOSYS: extended attributes, locks (they are local to the machine), `access` (the mount is made
-with `default_permissions`), `poll`.
+images are kept, nor how the mount came about or who else serves it. What is not answered here is answered by the
+kernel, which stops asking after one ENOSYS: extended attributes, locks (they are local to the machine), `access` (the
+mount is made with `default_permissions`), `poll`.
+
+A mutation that a worker had applied when it died, before it could answer, comes once more: `Desk.resent` then has the
+answer. Everything else can be done twice: writes carry their offset, a flush finds nothing left to do.
 
 *Concurrency:* every handler runs on one trio loop, which never waits for the disk: what is not in memory is read
 in a thread. State changes between two awaits; those that copy much run in a thread, and `_changes` keeps the
@@ -24,9 +27,11 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from imgfs.desk import Desk
 from imgfs.disk import WouldBlock
-from imgfs.errors import ImgfsError, InvalidArgument, NotFound, Stale
+from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, NotFound, Stale
 from imgfs.format import NAME_BYTES_MAX, Kind
+from imgfs.requests import NOBODY
 from imgfs.store import Attr, Entry, Store
 
 log = logging.getLogger(__name__)
@@ -109,9 +114,13 @@ class Filesystem(pyfuse3.Operations):
 
     supports_dot_lookup = True
 
-    def __init__(self, store: Store, *, timeout_s: float) -> None:
-        """Serve *store*; the kernel may remember names, absent names and attributes for *timeout_s* seconds."""
+    def __init__(self, store: Store, desk: Desk, *, timeout_s: float) -> None:
+        """Serve *store*; the kernel may remember names, absent names and attributes for *timeout_s* seconds.
+
+        *desk* knows the row of the request in hand, and whether a worker that died had applied it already.
+        """
         self._store = store
+        self._desk = desk
         self._timeout_s = timeout_s
         self._changes = trio.Lock()
         self._threads = trio.CapacityLimiter(THREADS)
@@ -124,7 +133,8 @@ class Filesystem(pyfuse3.Operations):
     async def sync(self) -> None:
         """Make durable all that was answered so far."""
         if self._store.writable:
-            await self._group_sync.wait()
+            with self._desk.wait:
+                await self._group_sync.wait()
 
     # -- names ------------------------------------------------------------------------------------------------
 
@@ -148,12 +158,16 @@ class Filesystem(pyfuse3.Operations):
 
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         store = self._store
+        if done := self._desk.resent():
+            return self._entry(store.attr(done.inode))
         gid, set_gid = self._group_in(parent, ctx)
         mode = mode & _PERMISSIONS & ~ctx.umask | set_gid
         return self._entry(store.attr(await self._change(store.mkdir, parent, name, mode, ctx.uid, gid)))
 
     async def symlink(self, parent: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         store = self._store
+        if done := self._desk.resent():
+            return self._entry(store.attr(done.inode))
         gid, _ = self._group_in(parent, ctx)
         return self._entry(store.attr(await self._change(store.symlink, parent, name, target, ctx.uid, gid)))
 
@@ -161,18 +175,21 @@ class Filesystem(pyfuse3.Operations):
         return await self._cold(self._store.readlink, inode)
 
     async def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        await self._change(self._store.unlink, parent, name)
+        if self._desk.resent() is None:
+            await self._change(self._store.unlink, parent, name)
 
     async def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        await self._change(self._store.rmdir, parent, name)
+        if self._desk.resent() is None:
+            await self._change(self._store.rmdir, parent, name)
 
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: RequestContext
     ) -> None:
         if flags not in (0, pyfuse3.RENAME_NOREPLACE):
             raise InvalidArgument("only RENAME_NOREPLACE is supported")
-        rename = functools.partial(self._store.rename, replace=not flags)
-        await self._change(rename, parent, name, new_parent, new_name)
+        if self._desk.resent() is None:
+            rename = functools.partial(self._store.rename, replace=not flags)
+            await self._change(rename, parent, name, new_parent, new_name)
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         # What link(2) names for a file system without hard links.
@@ -253,18 +270,23 @@ class Filesystem(pyfuse3.Operations):
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        inode, handle = await self._create(parent, name, mode, ctx)
+        done = self._desk.resent()
+        inode, handle = (done.inode, done.handle) if done else await self._create(parent, name, mode, ctx)
         return FileInfo(fh=handle, keep_cache=True), self._entry(self._store.attr(inode))
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
         if not stat.S_ISREG(mode):
             raise FUSEError(errno.EPERM)  # what mknod(2) names for a file system without such files
-        inode, handle = await self._create(parent, name, mode, ctx)
-        await self._change(self._store.release, handle)
+        done = self._desk.resent()
+        inode, handle = (done.inode, done.handle) if done else await self._create(parent, name, mode, ctx)
+        try:
+            await self._change(self._store.release, handle)
+        except BadHandle:
+            pass  # the worker that died had come so far
         return self._entry(self._store.attr(inode))
 
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        open_image = self._store.open_image
+        open_image = functools.partial(self._store.open_image, row=self._desk.row())
         if flags & os.O_TRUNC:
             handle = await self._change(functools.partial(open_image, inode, write=True, truncate=True))
         elif flags & os.O_ACCMODE != os.O_RDONLY:
@@ -291,9 +313,12 @@ class Filesystem(pyfuse3.Operations):
 
     async def release(self, fh: int) -> None:
         store = self._store
-        if not store.may_write(fh):
-            store.release(fh)
-            return
+        try:
+            if not store.may_write(fh):
+                store.release(fh)
+                return
+        except BadHandle:
+            return  # released already, by a worker that died before it could say so
         size, inode = store.flush_bytes(fh), store.handle_inode(fh)
         if not size or not store.attr(inode).nlink:
             await self._change(store.release, fh)
@@ -321,26 +346,31 @@ class Filesystem(pyfuse3.Operations):
             return await self._in_thread(look, *args)
 
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
+        with self._desk.wait:
+            return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
 
     async def _change(self, change: Callable[..., T], *args: Any) -> T:
         """Return `change(*args)`, a change that takes no longer than it would take to hand it to a thread."""
-        if self._store.must_roll(0):
-            async with self._changes:
-                return await self._in_thread(change, *args)
-        # Nothing runs between this test and the end of the call, so the lock need not be taken: that would cost
-        # a turn of the loop. Who waits for it holds it from the moment its holder lets go, and is not overtaken.
-        if self._changes.locked():
-            async with self._changes:
-                return change(*args)
-        return change(*args)
+        return await self._change_of(0, change, *args)
 
     async def _change_of(self, size: int, change: Callable[..., T], *args: Any) -> T:
-        """Return `change(*args)`, a change that copies *size* bytes: from a thread if they are many."""
-        if size <= INLINE_BYTES and not self._store.must_roll(size):
-            return await self._change(change, *args)
-        async with self._changes:
-            return await self._in_thread(change, *args)
+        """Return `change(*args)`, a change that copies *size* bytes: from a thread if they are many.
+
+        From a thread too if another worker is at a change of its own: that one may copy many.
+        """
+        store = self._store
+        row = self._desk.row()
+        small = size <= INLINE_BYTES and not store.must_roll(size)
+        # Nothing runs between this test and the end of the call, so the lock need not be taken: that would cost
+        # a turn of the loop. Who waits for it holds it from the moment its holder lets go, and is not overtaken.
+        if small and not self._changes.locked() and store.try_lock():
+            try:
+                return _requested(store, row, change, *args)
+            finally:
+                store.unlock()
+        with self._desk.wait:
+            async with self._changes:
+                return await self._in_thread(_requested, store, row, change, *args)
 
     async def _commit(self, handle: int) -> None:
         size = self._store.flush_bytes(handle)
@@ -401,6 +431,15 @@ class Filesystem(pyfuse3.Operations):
         # Without the group's x bit, set-gid once meant mandatory locking, not a privilege.
         drop = stat.S_ISUID | (stat.S_ISGID if attr.mode & stat.S_IXGRP else 0)
         return attr.mode & ~drop if attr.mode & drop else None
+
+
+def _requested(store: Store, row: int, change: Callable[..., T], *args: Any) -> T:
+    """Return `change(*args)`, which the request of *row* asked for; no other change runs in this process."""
+    store.requester = row
+    try:
+        return change(*args)
+    finally:
+        store.requester = NOBODY
 
 
 def _forget_in_kernel(inode: int, parent: int, name: bytes) -> None:
