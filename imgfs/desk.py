@@ -14,6 +14,7 @@ request waits for something, a thread or a lock, all is as trio does it.
 its row being written. Timers and signals come at most `_IN_A_ROW` requests or moments late.
 """
 
+import ctypes
 import os
 import select
 import socket
@@ -39,8 +40,12 @@ _IN_A_ROW = 32
 # How long another worker may hold the gate, on a busy machine, before we stop asking at each turn of the loop.
 _TURNS_MAX = 8
 _PAUSE_S = 0.001
+_M_PERTURB = -6  # mallopt: fill what is allocated, with this byte inverted
 # One answer to INIT.
 _REPLY_BYTES_MAX = 1024
+
+
+_libc = ctypes.CDLL(None)
 
 
 class _Lock:
@@ -82,11 +87,12 @@ class _Wait:
 class _Seat:
     """One task of pyfuse3's main loop."""
 
-    __slots__ = ("request", "row")
+    __slots__ = ("has_buffer", "request", "row")
 
     def __init__(self, row: int) -> None:
         self.row = row
         self.request: Request | None = None
+        self.has_buffer = False
 
 
 class Desk:
@@ -104,6 +110,7 @@ class Desk:
         self._first_row = worker * TASKS_MAX
         self._seats: dict[object, _Seat] = {}
         self._has_gate = False
+        self._allocating = False
         self._in_a_row = 0
         self._poll = select.poll()
         # The end that libfuse takes for the device until INIT is answered, and ours.
@@ -150,6 +157,9 @@ class Desk:
         seat = self._seats[trio.lowlevel.current_task()]
         self._requests.begin(seat.row, request)
         seat.request = request
+        if self._allocating:
+            _libc.mallopt(_M_PERTURB, 0)
+            self._allocating = False
         self._post.in_hand += 1
         if self._has_gate:
             self._release_gate()
@@ -199,6 +209,16 @@ class Desk:
 
     async def _wait_readable(self, descriptor: int) -> None:
         """Return when there is a request to read, the gate being ours."""
+        await self._wait_for_request(descriptor)
+        seat = self._seats[trio.lowlevel.current_task()]
+        if not seat.has_buffer:
+            # libfuse now allocates the buffer of this task. A worker that is killed while the kernel copies a request
+            # into pages that are not there yet fails that request, with EIO: have them there.
+            seat.has_buffer = True
+            _libc.mallopt(_M_PERTURB, 1)
+            self._allocating = True
+
+    async def _wait_for_request(self, descriptor: int) -> None:
         if not self._took_over:
             if not self._asked:
                 self._asked = True

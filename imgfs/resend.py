@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 class Dead(NamedTuple):
-    """A worker that died; *by_itself*: not because it stood in the way after the death of another."""
+    """A worker that died; *blame*: how much that says of what it had in hand, as `Store.settle`."""
 
     number: int
-    by_itself: bool
+    blame: int
 
 
 def settle(store: Store, device: Device, dead: list[Dead], write_bytes_max: int) -> None:
@@ -36,12 +36,10 @@ def settle(store: Store, device: Device, dead: list[Dead], write_bytes_max: int)
         if raw.resent:
             resent.setdefault(raw.request, []).append(raw.unique)
     requests = [request for request, uniques in resent.items() for _ in uniques]
-    for number, by_itself in dead:
-        for request in store.requests.settle(number, requests, by_itself=by_itself):
+    for number, blame in dead:
+        for request in store.settle(number, requests, blame=blame):
             for unique in resent.pop(request, []):
                 device.answer(wire.error_reply(unique, errno.EIO))
-            log.error(
-                "two workers died with the same request in hand, which is answered EIO: %s", wire.describe(request)
-            )
+            log.error("workers died with the same request in hand, which is answered EIO: %s", wire.describe(request))
     # What was read here goes back to where workers read it.
     device.resend()

@@ -20,7 +20,7 @@ from imgfs.board import WORKERS_MAX, Board
 from imgfs.device import Device
 from imgfs.errors import EXIT_BUSY, EXIT_OK, MountFailed
 from imgfs.gate import Gate, make_gate
-from imgfs.requests import Request
+from imgfs.requests import CRASH_BLAME, KILL_BLAME, Request
 from imgfs.resend import Dead
 from imgfs.store import Store
 
@@ -184,7 +184,7 @@ class Supervisor:
                     self._ended = True
                 else:
                     self._bury(number, pid, code)
-                    dead.append(Dead(number, by_itself=True))
+                    dead.append(Dead(number, KILL_BLAME if code == -signal.SIGKILL else CRASH_BLAME))
             elif pid == self._maintenance:
                 self._maintenance = 0
                 log.error("the maintenance process (%d) %s; starting another", pid, _died(code))
@@ -226,12 +226,13 @@ class Supervisor:
                 resend.settle(self._store, self._device, dead, write_bytes_max)
             else:
                 for number, _ in dead:
-                    self._store.requests.settle(number, [], by_itself=True)
-        except OSError as error:
-            if not self._device.is_dead():
-                raise
-            log.debug("the mount went away: %s", error)
-            self._ended = True
+                    self._store.settle(number, [], blame=0)
+        except Exception:
+            if self._device.is_dead():
+                self._ended = True
+            else:
+                log.exception("not all that dead workers had in hand was settled; it is sent again all the same")
+                self._device.resend()
         finally:
             self._gate.let_go()
             self._board.paused = False
@@ -265,7 +266,7 @@ class Supervisor:
         os.kill(pid, signal.SIGKILL)
         _wait_for_death(pid)
         del self._workers[pid]
-        dead.append(Dead(number, by_itself=False))
+        dead.append(Dead(number, 0))
 
     def _roll_forward(self) -> bool:
         """Have half-applied changes carried on or undone by a child; return whether it could."""

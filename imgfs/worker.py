@@ -19,8 +19,9 @@ from imgfs.fs import Filesystem
 from imgfs.gate import Gate
 from imgfs.store import Store
 
-# pyfuse3 starts so many tasks when all others are busy, and ends none: rows are given to them for good.
-_TASKS_MAX = 99
+# pyfuse3 starts so many tasks when all others are busy, and ends none: rows are given to them for good, and a buffer of
+# a MiB each.
+_TASKS_MAX = 64
 BEAT_S = 0.5
 
 
