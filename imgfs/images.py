@@ -67,8 +67,14 @@ class Images:
         self._handles = handles
         self._staging = staging
         self._log = log
+        if log is not None:
+            log.unstage = staging.clean
         self._cache: OrderedDict[tuple[int, int, int], Whole | bytes] = OrderedDict()
         self._cache_bytes = 0
+        self._cache_lock = threading.Lock()
+
+    def after_fork(self) -> None:
+        """Be a process of its own."""
         self._cache_lock = threading.Lock()
 
     def record(self, inode: int) -> Record:
@@ -243,15 +249,7 @@ class Images:
         size = 0 if empty else record.size
         self.writer().check_room(size)
         entry = Staged(inode, 0, record.owner, size, record.mtime_ns, now)
-        number = self._staging.begin(entry)
-        try:
-            at = 0
-            for piece in self._pieces(inode, record) if size else ():
-                self._staging.write(number, at, piece)
-                at += len(piece)
-        except BaseException:
-            self._staging.end(number)
-            raise
+        number = self._staging.begin(entry, self._pieces(inode, record) if size else ())
         self._set_staged(inode, on=True)
         return number
 
@@ -376,17 +374,17 @@ class Images:
             ctime_ns=entry.ctime_ns,
         )
         second = None
-        if entry.flags & ATTRIBUTED:
+        if entry.flags & ATTRIBUTED and record.flags & Flag.UNBORN:
             attributes = self._staging.attributes(number)
             second = Part(Needle(Kind.XATTR, inode, data_size=len(attributes)), [attributes], None)
         if entry.size <= SMALL_BYTES:
             data = self._staging.read(number, 0, entry.size)
             if len(data) < entry.size:  # the file is sparse at its end
                 data += bytes(entry.size - len(data))
-            self.writer().append(needle, [data] if data else [], second=second)
+            self.writer().append(needle, [data] if data else [], second=second, staged=number)
         else:
-            self.writer().append(needle, [], large=self._staged_pieces(number, entry.size), second=second)
-        self._staging.update(number, entry._replace(flags=entry.flags & ~DIRTY))
+            pieces = self._staged_pieces(number, entry.size)
+            self.writer().append(needle, [], large=pieces, second=second, staged=number)
         self._staging.drop_attributes(number)
 
     def waiting_attributes(self, inode: int) -> bytes:

@@ -3,9 +3,11 @@
 Owns the active volume, its index files, sequence numbers, checkpoints, sealing and rolling. Must not know open
 images or what a caller wants; a needle comes in, and lies on disk and in the table when `append` returns.
 
-Order of an append (docs/crash.md): needle, name, index record, table. The needle is the commit point.
+Order of an append (docs/crash.md): needle, name, index record, table. The needle is the commit point: whoever takes
+the lock after a writer was killed finishes what has got so far (`carry_on`).
 
-*Concurrency:* everything under `Memory.lock` but the wait for the disk in `sync`.
+*Concurrency:* everything under `Memory.lock` but the wait for the disk in `sync`. Which volume is active is said in
+shared memory; each process opens its files when it finds that it moved.
 """
 
 import os
@@ -19,11 +21,13 @@ from typing import NamedTuple
 from crc32c import crc32c
 
 from imgfs.disk import Buffer, Disk
-from imgfs.errors import DiskFailure, StoreFull, disk_error
+from imgfs.errors import Damaged, DiskFailure, StoreFull, disk_error
 from imgfs.format import (
     FLAG_PAIR,
+    FLAG_SEAL,
     INDEX_RECORD_BYTES,
     NAMES_BYTES_LIMIT,
+    NEEDLE_HEADER_BYTES_MAX,
     NEEDLES_START,
     OWNED_KINDS,
     PUT_KINDS,
@@ -38,8 +42,9 @@ from imgfs.format import (
     inode_of,
 )
 from imgfs.index import checkpoint, empty_state, index_paths, names_a_name, names_header, pack_name, pack_record
-from imgfs.layout import VOLUME_SEALED, WORDS_AT, Word
+from imgfs.layout import VOLUME_SEALED, WORDS_AT, Word, appended_for, appending
 from imgfs.load import stale_directories
+from imgfs.requests import Requests
 from imgfs.settings import MIB, Settings
 from imgfs.superblock import Superblock
 from imgfs.table import Place, Table, VolumeEntry
@@ -55,9 +60,24 @@ _ROLL_BYTES = 4096
 # Data up to this size is written in one call with its header and footer.
 SMALL_BYTES = 1 * MIB
 _NO_DATA = Checksums(0, ())
-# The words from ACTIVE_END to NAMES_CRC, which every append moves on.
+# The words from ACTIVE_END to APPENDING, which every append moves on.
 _PROGRESS = struct.Struct("<6Q")
-assert Word.NAMES_CRC - Word.ACTIVE_END == 5
+assert Word.APPENDING - Word.ACTIVE_END == 5
+
+
+class Failure:
+    """Why a store takes no changes, in the upper half of Word.FAILED; the lower half is the errno."""
+
+    LOST = 1
+    UNCUT = 2
+    UNNAMED = 3
+
+
+_FAILURES = {
+    Failure.LOST: "the disk lost data that was written",
+    Failure.UNCUT: "a failed append cannot be cut back",
+    Failure.UNNAMED: "the name of this volume may not be durable",
+}
 
 
 class Part(NamedTuple):
@@ -82,10 +102,21 @@ class Log:
         self._memory = table.memory
         self._words = table.memory.words
         self._volume: Volume | None = None
+        self._entry = -1
         self._records_file = -1
         self._names_file = -1
-        self._failed: str | None = None
         self._one_sync = threading.Lock()
+        # What a request needs besides the table when its needle is applied, and the row of the one in hand.
+        self.requests: Requests | None = None
+        self.requester = -1
+        self.unstage: Callable[[int], None] | None = None
+        self._memory.on_unfinished = self.carry_on
+
+    def after_fork(self) -> None:
+        """Be a process of its own: a file that is shared with the parent is told of a failed sync only once."""
+        self._release_files()
+        self._one_sync = threading.Lock()
+        self.requester = -1
 
     def close(self) -> None:
         """Close the files; nothing is written."""
@@ -108,10 +139,28 @@ class Log:
 
     @property
     def volume(self) -> Volume:
-        """The active volume."""
-        if self._volume is None:
-            raise AssertionError("no volume is active")
+        """The active volume, which another process may have begun."""
+        if self._volume is None or self._entry != self._words[Word.ACTIVE]:
+            self._follow()
+        assert self._volume is not None
         return self._volume
+
+    def _follow(self) -> None:
+        """Open the files of the volume that is active now."""
+        self._release_files()
+        entry = self._words[Word.ACTIVE]
+        path = volume_path(self._directory, self._table.volume(entry).volume_id)
+        self._activate(Volume.open(self._disk, path, writable=True), entry)
+
+    def _fail(self, reason: int, error: OSError) -> None:
+        """Let no process change anything any more."""
+        self._words[Word.FAILED] = reason << 32 | (error.errno or 0)
+
+    def _check(self) -> None:
+        failed = self._words[Word.FAILED]
+        if failed:
+            text = f"{_FAILURES[failed >> 32]} ({os.strerror(failed & 0xFFFF_FFFF)})"
+            raise DiskFailure(f"{self._directory}: {text}; mount again")
 
     # -- volumes ----------------------------------------------------------------------------------------------
 
@@ -133,13 +182,14 @@ class Log:
 
     def resume(self, path: str, entry: int, state: IndexState, next_sequence: int, *, checkpointed: bool) -> None:
         """Go on in the volume at *path*, which is durable and whose index files have *state*."""
-        self._activate(Volume.open(self._disk, path, writable=True))
-        self._set_words(entry, state, state.end, next_sequence)
+        self._activate(Volume.open(self._disk, path, writable=True), entry)
+        with self._memory.change():
+            self._set_words(entry, state, state.end, next_sequence)
         if checkpointed:
             self._words[Word.CHECKPOINT_RECORDS] = state.records
 
     def begin_volume(self, previous: PreviousEnd | None = None) -> None:
-        """Make a new active volume; the last one must be sealed.
+        """Make a new active volume; the last one must be sealed. One that a killed writer has made is taken.
 
         With *previous*, the last one ended in torn bytes and could not be sealed by a needle of its own: the new one
         says where it ended. It gets its name only once it also holds what those needles had changed by implication.
@@ -147,6 +197,8 @@ class Log:
         # Names count, not the table: a volume whose header is damaged must not be overwritten.
         stems = [name.partition(".")[0] for name in self._disk.names(self._directory)]
         volume_id = 1 + max((int(stem) for stem in stems if stem.isdigit()), default=0)
+        if previous is None and self._take_over(volume_id - 1):
+            return
         sequence = max(1, self._words[Word.NEXT_SEQUENCE])
         header = VolumeHeader(
             self._superblock.store_id,
@@ -161,56 +213,89 @@ class Log:
         extent = _EXTENT_BYTES if self._settings.volume_bytes_max >= 16 * _EXTENT_BYTES else 0
         with self._disk_errors(path):
             volume = Volume.create(self._disk, path + ".new", header, extent)
-            paths = index_paths(path)
-            for index_path, data in ((paths.records, b""), (paths.names, names_header(volume_id))):
-                file = self._disk.open(index_path, writable=True, create=True)
-                self._disk.truncate(file, 0)
-                self._disk.write(file, 0, [data])
-                self._disk.close(file)
+            self._make_index(path, volume_id)
             if previous is None:
                 self._publish(volume, path)
-        self._release_files()
-        self._activate(volume, paths_of=path)
-        with self._memory.change():
-            entry = self._table.add_volume(VolumeEntry(volume_id, NEEDLES_START, sequence, 0))
-        self._set_words(entry, empty_state(volume_id), NEEDLES_START, sequence)
+        self._enter(volume, path)
         if previous is not None:
             self._settle_directories()
             with self._disk_errors(path):
                 self._publish(volume, path)
 
+    def _make_index(self, path: str, volume_id: int) -> None:
+        """Make the index files of a volume that holds nothing yet."""
+        paths = index_paths(path)
+        for index_path, data in ((paths.records, b""), (paths.names, names_header(volume_id))):
+            file = self._disk.open(index_path, writable=True, create=True)
+            self._disk.truncate(file, 0)
+            self._disk.write(file, 0, [data])
+            self._disk.close(file)
+
+    def _enter(self, volume: Volume, path: str) -> None:
+        """Make *volume*, which holds nothing yet, the active one, in one step."""
+        header = volume.header
+        with self._memory.change():
+            entry = self._table.add_volume(VolumeEntry(header.volume_id, NEEDLES_START, header.first_sequence, 0))
+            self._set_words(entry, empty_state(header.volume_id), NEEDLES_START, header.first_sequence)
+        self._release_files()
+        self._activate(volume, entry, paths_of=path)
+
+    def _take_over(self, volume_id: int) -> bool:
+        """Enter the volume *volume_id* if a writer was killed when it had made that, and before it entered it."""
+        words = self._words
+        path = volume_path(self._directory, volume_id)
+        known = any(self._table.volume(entry).volume_id == volume_id for entry in range(words[Word.VOLUMES]))
+        if known or not self._disk.exists(path):
+            return False
+        try:
+            volume = Volume.open(self._disk, path, writable=True)
+        except Damaged:
+            return False  # it was there before this store was opened
+        if volume.header.first_sequence != words[Word.NEXT_SEQUENCE] or volume.size() != NEEDLES_START:
+            volume.close()
+            return False
+        with self._disk_errors(path):
+            self._make_index(path, volume_id)
+            self._sync_volume(volume)
+            self._sync_names()
+        self._enter(volume, path)
+        return True
+
     def _publish(self, volume: Volume, path: str) -> None:
         """Make *volume* durable under its final name."""
         self._sync_volume(volume)
         self._disk.rename(path + ".new", path)
+        self._sync_names()
+        volume.path = path
+
+    def _sync_names(self) -> None:
         try:
             self._disk.sync_directory(self._directory)
         except OSError as error:
-            self._failed = f"{path}: its name may not be durable ({error.strerror}); mount again"
+            self._fail(Failure.UNNAMED, error)
             raise
-        volume.path = path
 
-    def _activate(self, volume: Volume, paths_of: str | None = None) -> None:
+    def _activate(self, volume: Volume, entry: int, paths_of: str | None = None) -> None:
         paths = index_paths(paths_of or volume.path)
-        self._volume = volume
+        self._volume, self._entry = volume, entry
         # Power loss may have taken the name of a file that holds nothing yet.
         self._records_file = self._disk.open(paths.records, writable=True, create=True)
         self._names_file = self._disk.open(paths.names, writable=True)
 
     def _set_words(self, entry: int, state: IndexState, durable: int, next_sequence: int) -> None:
-        with self._memory.change():
-            for word, value in (
-                (Word.ACTIVE, entry),
-                (Word.ACTIVE_END, state.end),
-                (Word.DURABLE, durable),
-                (Word.INDEX_RECORDS, state.records),
-                (Word.INDEX_CRC, state.records_crc),
-                (Word.NAMES_END, state.names_bytes),
-                (Word.NAMES_CRC, state.names_crc),
-                (Word.CHECKPOINT_RECORDS, 0),
-                (Word.NEXT_SEQUENCE, next_sequence),
-            ):
-                self._memory.put_word(word, value)
+        """Within `Memory.change`."""
+        for word, value in (
+            (Word.ACTIVE, entry),
+            (Word.ACTIVE_END, state.end),
+            (Word.DURABLE, durable),
+            (Word.INDEX_RECORDS, state.records),
+            (Word.INDEX_CRC, state.records_crc),
+            (Word.NAMES_END, state.names_bytes),
+            (Word.NAMES_CRC, state.names_crc),
+            (Word.CHECKPOINT_RECORDS, 0),
+            (Word.NEXT_SEQUENCE, next_sequence),
+        ):
+            self._memory.put_word(word, value)
 
     def state(self) -> IndexState:
         """Return how far the active volume and its index files reach."""
@@ -230,13 +315,19 @@ class Log:
             self._sync_volume()
             self._words[Word.DURABLE] = self._words[Word.ACTIVE_END]
             self._write(Part(checkpoint(self.state(), seal=True)))
+            self._finish_seal()
+
+    def _finish_seal(self) -> None:
+        """Make the seal of the active volume durable; a killed writer may not have done it."""
+        words = self._words
+        if words[Word.DURABLE] < words[Word.ACTIVE_END]:
             # Gives back what the extent hint allocated past the end.
-            self.volume.truncate(self._words[Word.ACTIVE_END])
+            self.volume.truncate(words[Word.ACTIVE_END])
             self._sync_volume()
-        entry = self._words[Word.ACTIVE]
-        row = self._table.volume(entry)
-        with self._memory.change():
-            self._table.set_volume(entry, row._replace(end=self._words[Word.ACTIVE_END], flags=VOLUME_SEALED))
+            words[Word.DURABLE] = words[Word.ACTIVE_END]
+
+    def _is_sealed(self) -> bool:
+        return bool(self._table.volume(self._words[Word.ACTIVE]).flags & VOLUME_SEALED)
 
     def must_roll(self, size: int) -> bool:
         """Return whether appending *size* bytes may have to seal the volume first, which waits for the disk."""
@@ -248,8 +339,8 @@ class Log:
         names_end = self._words[Word.NAMES_END] + 1 + len(needle.name)
         limit = min(self._settings.volume_bytes_max, VOLUME_BYTES_LIMIT - _END_BYTES)
         fits = end <= limit and names_end <= NAMES_BYTES_LIMIT
-        row = self._table.volume(self._words[Word.ACTIVE])
-        if row.flags & VOLUME_SEALED:
+        if self._is_sealed():
+            self._finish_seal()
             self.begin_volume()
         elif not fits and self._words[Word.ACTIVE_END] > NEEDLES_START:
             if needle.data_size == 0 and end <= VOLUME_BYTES_LIMIT - _END_BYTES // 2 and not self._has_room(0):
@@ -267,19 +358,21 @@ class Log:
         *,
         large: Iterable[Buffer] | None = None,
         second: Part | None = None,
+        answers: bool = False,
+        staged: int = -1,
     ) -> Place:
         """Append *needle* and do what it says to the table; return where it lies.
 
         Its `data_size` bytes are the buffers in *data*, or come from *large* in pieces. Sets sequence number, commit
-        time, durable mark and owner. *second* is appended with it: both of them count, or none.
+        time, durable mark and owner. *second* is appended with it: both of them count, or none. *answers*: it is all
+        that the request in hand asks for. *staged*: it stores what is in that staging entry.
 
         Raises:
             StoreFull: no room on the disk; store and table are as before.
             StoreLimit: as `Table.owner_index`.
             DiskFailure: the disk refused; store and table are as before, or the store takes no more changes.
         """
-        if self._failed:
-            raise DiskFailure(self._failed)
+        self._check()
         length = aligned(needle.length) + (aligned(second.needle.length) if second is not None else 0)
         if (needle.kind in PUT_KINDS or needle.data_size) and not self._has_room(length):
             raise StoreFull("the disk is full: delete images or add space")
@@ -292,7 +385,7 @@ class Log:
             for part in parts:
                 if part.needle.kind in OWNED_KINDS:
                     self._define_owner(part.needle)
-            return self._write(*parts)
+            return self._write(*parts, row=self.requester if answers else -1, staged=staged)
 
     def _has_room(self, size: int) -> bool:
         space = self._disk.space(self._directory)
@@ -316,39 +409,56 @@ class Log:
             definition = Needle(Kind.OWNER, 0, mode=needle.mode, uid=needle.uid, gid=needle.gid, owner=owner)
             self._write(Part(definition))
 
-    def _write(self, *parts: Part) -> Place:
+    def _write(self, *parts: Part, row: int = -1, staged: int = -1) -> Place:
         """Append *parts* and apply them in one step; return where the first lies."""
-        before = state = self.state()
-        places = []
+        words, volume = self._words, self.volume
+        state = self.state()
+        end = state.end
+        words[Word.APPENDING] = appending(row, staged)
         try:
             for number, part in enumerate(parts):
-                place, state = self._write_part(part, state, self._words[Word.NEXT_SEQUENCE] + number)
-                places.append(place)
-            with self._memory.change():
-                for part, place in zip(parts, places, strict=True):
-                    self._table.apply(part.needle, place)
-                self._memory.put_word(Word.NEXT_SEQUENCE, self._words[Word.NEXT_SEQUENCE] + len(parts))
-                # One entry of the journal for all six.
-                progress = _PROGRESS.pack(state.end, self._words[Word.DURABLE], *state[1:])
-                self._memory.put(WORDS_AT + 8 * Word.ACTIVE_END, progress)
+                needle = part.needle
+                needle.sequence = words[Word.NEXT_SEQUENCE] + number
+                needle.commit_ns = self.now_ns()
+                needle.ctime_ns = needle.ctime_ns or needle.commit_ns
+                needle.durable = words[Word.DURABLE]
+                if part.large is None:
+                    volume.write_needle(end, needle, part.data, part.sums)
+                else:
+                    volume.write_large_needle(end, needle, part.large)
+                end += needle.length
+            return self._apply([part.needle for part in parts], state, row, staged)
         except (Exception, KeyboardInterrupt):
-            self._undo(before)
+            self._undo(state)
             raise
+
+    def _apply(self, needles: Sequence[Needle], state: IndexState, row: int, staged: int) -> Place:
+        """Append to the index what *needles* say, which stand at the end of the volume, and do it to the table."""
+        words = self._words
+        entry, last = words[Word.ACTIVE], needles[-1]
+        places = []
+        for needle in needles:
+            place, state = self._index(needle, state)
+            places.append(place)
+        with self._memory.change():
+            for needle, place in zip(needles, places, strict=True):
+                self._table.apply(needle, place)
+            self._memory.put_word(Word.NEXT_SEQUENCE, last.sequence + 1)
+            # One entry of the journal for all six.
+            self._memory.put(WORDS_AT + 8 * Word.ACTIVE_END, _PROGRESS.pack(*state, 0))
+            if last.kind == Kind.CHECKPOINT and last.flags & FLAG_SEAL:
+                sealed = self._table.volume(entry)._replace(end=state.end, flags=VOLUME_SEALED)
+                self._table.set_volume(entry, sealed)
+            if row >= 0 and self.requests is not None:
+                self.requests.applied(row, needles[0].inode)
+            if staged >= 0 and self.unstage is not None:
+                self.unstage(staged)
         return places[0]
 
-    def _write_part(self, part: Part, state: IndexState, sequence: int) -> tuple[Place, IndexState]:
-        """Write one needle, its name and its index record behind *state*; return where, and the state then."""
-        needle = part.needle
-        needle.sequence = sequence
-        needle.commit_ns = self.now_ns()
-        needle.ctime_ns = needle.ctime_ns or needle.commit_ns
-        needle.durable = self._words[Word.DURABLE]
+    def _index(self, needle: Needle, state: IndexState) -> tuple[Place, IndexState]:
+        """Append name and record of *needle* to the index files, which have *state*; return where, and the next state."""
         name_data = pack_name(needle.name) if names_a_name(needle.kind) else b""
         name_offset = state.names_bytes if name_data else 0
-        if part.large is None:
-            self.volume.write_needle(state.end, needle, part.data, part.sums)
-        else:
-            self.volume.write_large_needle(state.end, needle, part.large)
         if name_data:
             self._disk.write(self._names_file, state.names_bytes, [name_data])
         value = self._table.hash(needle.name) if name_data else 0
@@ -363,6 +473,27 @@ class Log:
         )
         return Place(self._words[Word.ACTIVE], state.end, name_offset), after
 
+    def carry_on(self) -> None:
+        """Within the lock: finish the append that a killed writer had begun, or cut away what there is of it."""
+        state = self.state()
+        volume = self.volume
+        row, staged = appended_for(self._words[Word.APPENDING])
+        needles: list[Needle] = []
+        end = state.end
+        with self._disk_errors(volume.path):
+            while not needles or needles[-1].flags & FLAG_PAIR:
+                needle = volume.unpack(volume.read(end, NEEDLE_HEADER_BYTES_MAX), end)
+                if needle is None or not volume.whole(needle, end):
+                    self._undo(state)
+                    return
+                needles.append(needle)
+                end += needle.length
+            try:
+                self._apply(needles, state, row, staged)
+            except (Exception, KeyboardInterrupt):
+                self._undo(state)
+                raise
+
     def _undo(self, state: IndexState) -> None:
         """Cut back what a failed append left, or a scan would take it for the change it was not."""
         try:
@@ -370,7 +501,8 @@ class Log:
             self._disk.truncate(self._names_file, state.names_bytes)
             self._disk.truncate(self._records_file, state.records * INDEX_RECORD_BYTES)
         except OSError as error:
-            self._failed = f"{self.volume.path}: a failed append cannot be cut back ({error.strerror}); mount again"
+            self._fail(Failure.UNCUT, error)
+        self._words[Word.APPENDING] = 0
 
     @contextmanager
     def _disk_errors(self, path: str) -> Iterator[None]:
@@ -389,10 +521,12 @@ class Log:
         """
         memory, words = self._memory, self._words
         with memory.lock():
-            if self._failed:
-                raise DiskFailure(self._failed)
-            if self._table.volume(words[Word.ACTIVE]).flags & VOLUME_SEALED:
-                return  # the next volume could not be begun yet; this one is durable, and nothing may follow its seal
+            self._check()
+            if self._is_sealed():
+                # The next volume could not be begun yet, and nothing may follow the seal of this one.
+                with self._disk_errors(self.volume.path):
+                    self._finish_seal()
+                return
             since = words[Word.INDEX_RECORDS] - words[Word.CHECKPOINT_RECORDS]
             due = since >= self._settings.checkpoint_needles or (final and since > 0)
             if due:
@@ -431,12 +565,11 @@ class Log:
         # The kernel reports a lost page once for an open file and then forgets it: no later sync would say the truth,
         # nor one at the same time, such as that of a seal.
         with self._one_sync:
-            if self._failed:
-                raise DiskFailure(self._failed)
+            self._check()
             try:
                 volume.sync()
             except OSError as error:
-                self._failed = f"{volume.path}: the disk lost data that was written ({error.strerror}); mount again"
+                self._fail(Failure.LOST, error)
                 raise
 
     def _settle_directories(self) -> None:

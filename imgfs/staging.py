@@ -2,18 +2,19 @@
 
 Owns the staging files and entries. Must not know needles: the store turns an entry into one when it is flushed.
 
-*Concurrency:* entries are made, changed and ended by the holder of the table's lock. Any worker may write to the
-file of an entry by its number.
+*Concurrency:* entries are made, changed and ended by the holder of the table's lock. A new one becomes visible with its
+inode, which is stored last; changes are journaled. Any process can open the file of an entry by its number.
 """
 
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from imgfs.disk import Buffer, Disk
 from imgfs.errors import TooManyOpen
-from imgfs.layout import STAGED, STAGED_AT, STAGED_BYTES, STAGED_MAX, Word
+from imgfs.layout import AT_STAGED_STATE, STAGED, STAGED_AT, STAGED_BYTES, STAGED_MAX, STAGED_STATE, Word
 from imgfs.memory import Memory
 
 DIRTY = 1  # flag: differs from what the volumes hold
@@ -41,6 +42,11 @@ class Staged(NamedTuple):
         return self.name_field[: self.name_length]
 
     @property
+    def attributed(self) -> "Staged":
+        """The same, with extended attributes that wait."""
+        return self._replace(flags=self.flags | ATTRIBUTED)
+
+    @property
     def dirty(self) -> bool:
         return bool(self.flags & DIRTY)
 
@@ -54,6 +60,10 @@ class Staging:
         self._memory = memory
         self._numbers: dict[int, int] = {}  # inode -> entry, a cache: the entry itself decides
         self._files: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def after_fork(self) -> None:
+        """Be a process of its own; files that the parent opened serve both."""
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -84,15 +94,22 @@ class Staging:
         """Return entry *number*."""
         return Staged._make(STAGED.unpack_from(self._memory.map, STAGED_AT + STAGED_BYTES * number))
 
-    def update(self, number: int, entry: Staged) -> None:
-        """Overwrite entry *number*; the inode, stored last, makes a new one visible."""
-        at = STAGED_AT + STAGED_BYTES * number
-        data = STAGED.pack(*entry)
-        self._memory.map[at + 8 : at + len(data)] = data[8:]
-        self._memory.map[at : at + 8] = data[:8]
+    def put(self, number: int, entry: Staged) -> None:
+        """Within `Memory.change`: change what of entry *number* can change."""
+        self._memory.put(STAGED_AT + STAGED_BYTES * number + AT_STAGED_STATE, STAGED_STATE.pack(*entry[1:6]))
 
-    def begin(self, entry: Staged) -> int:
-        """Make *entry* with an empty file; return its number.
+    def update(self, number: int, entry: Staged) -> None:
+        """Change what of entry *number* can change, in one step for every reader."""
+        with self._memory.change():
+            self.put(number, entry)
+
+    def clean(self, number: int) -> None:
+        """Within `Memory.change`: note that a needle holds what is in entry *number*."""
+        entry = self.entry(number)
+        self.put(number, entry._replace(flags=entry.flags & ~DIRTY))
+
+    def begin(self, entry: Staged, pieces: Iterable[Buffer] = ()) -> int:
+        """Make *entry* with a file that holds *pieces*; return its number.
 
         Raises:
             TooManyOpen: so many images are being written that no entry is left.
@@ -104,9 +121,20 @@ class Staging:
         if number >= STAGED_MAX:
             raise TooManyOpen(f"{STAGED_MAX} images are being written; close some")
         self._disk.truncate(self.file(number), 0)
+        try:
+            at = 0
+            for piece in pieces:
+                self.write(number, at, piece)
+                at += len(piece)
+        except BaseException:
+            self._disk.truncate(self.file(number), 0)
+            raise
         if number == used:
             self._memory.words[Word.STAGED] = used + 1
-        self.update(number, entry)
+        at = STAGED_AT + STAGED_BYTES * number
+        data = STAGED.pack(*entry)
+        self._memory.map[at + 8 : at + len(data)] = data[8:]
+        self._memory.map[at : at + 8] = data[:8]
         self._numbers[entry.inode] = number
         return number
 
@@ -114,8 +142,15 @@ class Staging:
         """Forget entry *number* and free its bytes."""
         self.drop_attributes(number)
         self._numbers.pop(self.entry(number).inode, None)
-        self.update(number, Staged(0, 0, 0, 0, 0, 0))
+        at = STAGED_AT + STAGED_BYTES * number
+        self._memory.map[at : at + 8] = bytes(8)
         self._disk.truncate(self.file(number), 0)
+
+    def inodes(self) -> list[int]:
+        """Return the inodes of all entries."""
+        used = self._memory.words[Word.STAGED]
+        inodes = np.ndarray((used,), "<u8", self._memory.map, STAGED_AT, (STAGED_BYTES,))
+        return [int(inode) for inode in inodes[inodes > 0]]
 
     def file(self, number: int) -> int:
         """Return a descriptor of the file of entry *number*, which any worker can open by that number."""
@@ -144,7 +179,7 @@ class Staging:
             self._disk.close(file)
 
     def set_attributes(self, number: int, data: bytes) -> None:
-        """Let the extended attributes *data* wait for entry *number*."""
+        """Let the extended attributes *data* wait for entry *number*, once that is `attributed`."""
         path = self._attributes_path(number)
         file = self._disk.open(path + ".new", writable=True, create=True)
         try:
@@ -153,8 +188,6 @@ class Staging:
         finally:
             self._disk.close(file)
         self._disk.rename(path + ".new", path)
-        entry = self.entry(number)
-        self.update(number, entry._replace(flags=entry.flags | ATTRIBUTED))
 
     def drop_attributes(self, number: int) -> None:
         """Forget the extended attributes that wait for entry *number*, if any do."""
