@@ -26,20 +26,18 @@ from imgfs.format import (
     IndexState,
     Kind,
     Needle,
-    Superblock,
     VolumeHeader,
     aligned,
     hash_seed,
     name_hash,
-    new_superblock,
     pack_needle_header,
-    pack_superblock,
     pack_volume_header,
 )
 from imgfs.index import checkpoint, empty_state, index_paths, names_a_name, names_header, pack_name, pack_record
 from imgfs.opening import ROOT, STAGING, SUPERBLOCK
 from imgfs.recover import VOLUMES
 from imgfs.settings import MIB
+from imgfs.superblock import Superblock, new_superblock, pack_superblock
 from imgfs.volumes import volume_path
 
 # A volume of so many bytes has as many of these needles as one of 1 GiB has of images of 20 KB: 55,000.

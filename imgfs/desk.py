@@ -156,11 +156,12 @@ class Desk:
         """*request* was read by the task that calls; others may read now."""
         seat = self._seats[trio.lowlevel.current_task()]
         self._requests.begin(seat.row, request)
-        seat.request = request
+        if seat.request is None:
+            self._post.in_hand += 1
+        seat.request = request  # for one setxattr pyfuse3 calls getxattr first
         if self._allocating:
             _libc.mallopt(_M_PERTURB, 0)
             self._allocating = False
-        self._post.in_hand += 1
         if self._has_gate:
             self._release_gate()
 

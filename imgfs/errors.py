@@ -105,6 +105,24 @@ class TooLarge(ImgfsError):
     errno = errno.EFBIG
 
 
+class TooManyLinks(ImgfsError):
+    """An image has as many names as it can have."""
+
+    errno = errno.EMLINK
+
+
+class NoAttribute(ImgfsError):
+    """There is no extended attribute of that name."""
+
+    errno = errno.ENODATA
+
+
+class NotSupported(ImgfsError):
+    """Nothing of this kind is kept."""
+
+    errno = errno.EOPNOTSUPP
+
+
 class TooManyOpen(ImgfsError):
     """Every slot for open images, or for images being written, is taken."""
 

@@ -1,14 +1,11 @@
 """Every byte imgfs writes to disk is declared here; docs/format.md is the same in prose.
 
-Owns the structs, their checksums and the limits that follow from them. Must not know files: it packs and
-unpacks buffers. All numbers are little-endian.
+Owns the structs, their checksums and the limits that follow from them; the superblock, which is JSON, is in
+superblock.py. Must not know files: it packs and unpacks buffers. All numbers are little-endian.
 """
 
 import enum
-import json
-import os
 import struct
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -34,7 +31,7 @@ CHUNK_BYTES = 1 << 20  # one checksum for so many bytes of a larger image
 
 
 class Kind(enum.IntEnum):
-    """What a needle says; the numbers are on disk. FILE, DIRECTORY, SYMLINK and SPECIAL put a whole inode."""
+    """What a needle says; the numbers are on disk. The first four put a whole inode, LINK a further name of one."""
 
     FREE = 0
     FILE = 1
@@ -51,8 +48,13 @@ class Kind(enum.IntEnum):
     CHECKPOINT = 12
 
 
-PUT_KINDS = frozenset({Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.SPECIAL})
+PUT_KINDS = frozenset({Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK})
+# Kinds that say owner and mode of their inode.
+OWNED_KINDS = PUT_KINDS - {Kind.LINK} | {Kind.ATTRIBUTES}
 FLAG_SEAL = 1  # on a checkpoint: the last needle of its volume
+FLAG_LAST = 2  # on a delete or rename: the link that goes was the last name of its target, which goes too
+FLAG_BARE = 4  # on a delete or rename: the inode that loses its own name lives on under its links
+FLAG_PAIR = 8  # this needle and the next stand or fall together
 
 
 class Tag(enum.IntEnum):
@@ -63,6 +65,8 @@ class Tag(enum.IntEnum):
     OLD_PARENT = 3  # rename: the directory the name was taken from
     REPLACED = 4  # rename: the inode that had the new name
     CHECKPOINT = 5  # checkpoint: the state of the index files
+    TARGET = 6  # link: the inode it names; delete, rename: the inode that the link that goes has named
+    DEVICE = 7  # special file: its device number
 
 
 class IndexState(NamedTuple):
@@ -249,6 +253,18 @@ class Needle:
         value = self.extras.get(tag)
         return int.from_bytes(value, "little") if value else 0
 
+    @property
+    def record_size(self) -> int:
+        """What a record keeps of this put as its size: of a link the slot + 1 of its target, else bytes of data."""
+        if self.kind == Kind.LINK:
+            return slot_of(self.extra_u64(Tag.TARGET)) + 1
+        return self.extra_u64(Tag.DEVICE) if self.kind == Kind.SPECIAL else self.data_size
+
+    @property
+    def record_owner(self) -> int:
+        """What a record keeps of this put as its owner: of a link the generation of its target."""
+        return self.extra_u64(Tag.TARGET) >> 32 if self.kind == Kind.LINK else self.owner
+
 
 def aligned(size: int) -> int:
     """Return *size* rounded up to a multiple of 8."""
@@ -400,6 +416,28 @@ def unpack_footer(footer: Buffer, data_size: int, header_checksum: int) -> Check
     return Checksums(values[-1], tuple(values[:-1]))
 
 
+# -- extended attributes ------------------------------------------------------------------------------------------
+
+_XATTR = struct.Struct("<HI")  # lengths of name and value, which follow
+
+
+def pack_xattrs(attributes: Mapping[bytes, bytes]) -> bytes:
+    """Return the data of the needle that says all extended attributes of an inode."""
+    return b"".join(_XATTR.pack(len(name), len(value)) + name + value for name, value in attributes.items())
+
+
+def unpack_xattrs(data: Buffer) -> dict[bytes, bytes]:
+    """Return the extended attributes in *data*, which is known to be what was written."""
+    attributes = {}
+    at = 0
+    while at < len(data):
+        name_length, value_length = _XATTR.unpack_from(data, at)
+        start = at + _XATTR.size
+        at = start + name_length + value_length
+        attributes[bytes(data[start : start + name_length])] = bytes(data[start + name_length : at])
+    return attributes
+
+
 # -- index files --------------------------------------------------------------------------------------------------
 
 # kind, slot + 1, parent slot + 1, name offset, offset / 8, size, mtime ns, ctime s, owner, name hash | generation << 24
@@ -435,56 +473,3 @@ def name_hash(name: bytes, seed: int) -> int:
 def hash_seed(store_id: bytes) -> int:
     """Return the seed of the name hashes of the store with that id: nobody can prepare names that collide."""
     return int.from_bytes(store_id[:8], "little")
-
-
-# -- superblock ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Superblock:
-    """What `imgfs.json` holds."""
-
-    store_id: bytes
-    volume_bytes_max: int
-
-
-def new_superblock(volume_bytes_max: int) -> Superblock:
-    """Return the superblock of a store that did not exist before."""
-    return Superblock(uuid.UUID(bytes=os.urandom(16), version=4).bytes, volume_bytes_max)
-
-
-def pack_superblock(superblock: Superblock) -> bytes:
-    """Return *superblock* as JSON, readable by people, with a checksum over the rest."""
-    fields: dict[str, object] = {
-        "format": FORMAT_VERSION,
-        "incompatible": 0,
-        "compatible": 0,
-        "readable_by": READABLE_BY,
-        "store": str(uuid.UUID(bytes=superblock.store_id)),
-        "volume_bytes_max": superblock.volume_bytes_max,
-    }
-    return (json.dumps(fields | {"checksum": _superblock_checksum(fields)}, indent=2) + "\n").encode()
-
-
-def unpack_superblock(data: bytes) -> Superblock:
-    """Return the superblock in *data*.
-
-    Raises:
-        NewerFormat: the store needs a newer release; the text says which.
-        Damaged: these are not the bytes that were written.
-    """
-    try:
-        fields = json.loads(data)
-        checksum = fields.pop("checksum")
-        if checksum != _superblock_checksum(fields):
-            raise ValueError("checksum")
-        version, incompatible, release = fields["format"], fields["incompatible"], fields["readable_by"]
-        if version > FORMAT_VERSION or incompatible & ~KNOWN_INCOMPATIBLE:
-            raise NewerFormat(f"this store has format {version}; install imgfs {release} or newer to read it")
-        return Superblock(uuid.UUID(fields["store"]).bytes, int(fields["volume_bytes_max"]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise Damaged("imgfs.json is damaged; it can be made again from the volumes") from None
-
-
-def _superblock_checksum(fields: Mapping[str, object]) -> str:
-    return f"{crc32c(json.dumps(fields, sort_keys=True).encode()):08x}"

@@ -2,8 +2,8 @@
 
 Owns nothing but two locks and the threads that wait for the disk; all state is in the store. Must not know how
 images are kept, nor how the mount came about or who else serves it. What is not answered here is answered by the
-kernel, which stops asking after one ENOSYS: extended attributes, locks (they are local to the machine), `access` (the
-mount is made with `default_permissions`), `poll`.
+kernel, which stops asking after one ENOSYS: locks (they are local to the machine), `access` (the mount is made with
+`default_permissions`), `poll`, and extended attributes unless they were asked for.
 
 A mutation that a worker had applied when it died, before it could answer, comes once more: `Desk.resent` then has the
 answer. Everything else can be done twice: writes carry their offset, a flush finds nothing left to do.
@@ -21,7 +21,7 @@ import logging
 import os
 import stat
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyfuse3
 import trio
@@ -32,7 +32,7 @@ from imgfs.disk import WouldBlock
 from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, NotFound, Stale
 from imgfs.format import NAME_BYTES_MAX, Kind
 from imgfs.requests import NOBODY
-from imgfs.store import Attr, Entry, Store
+from imgfs.store import PERMISSIONS, Attr, Entry, Store
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,22 @@ BLOCK_BYTES = 128 << 10
 # Entries fetched at once where a listing has to wait for the disk: about one answer full.
 LISTING_BATCH = 256
 
-_TYPE_BITS = {Kind.FILE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK}
-_PERMISSIONS = 0o7777
+# The mode of a special file says its type itself.
+_TYPE_BITS = {Kind.FILE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK, Kind.SPECIAL: 0}
 _OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class Manner(NamedTuple):
+    """How a mount shows its store."""
+
+    timeout_s: float
+    """How long the kernel may remember names, absent names and attributes."""
+
+    xattrs: bool = False
+    """Without, the kernel asks for an extended attribute once, and never again."""
+
+    publish_at_close: bool = False
+    """Only the process that creates an image finds it by name before it is closed."""
 
 
 def answered(handler: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
@@ -114,21 +127,21 @@ class Filesystem(pyfuse3.Operations):
 
     supports_dot_lookup = True
 
-    def __init__(self, store: Store, desk: Desk, *, timeout_s: float) -> None:
-        """Serve *store*; the kernel may remember names, absent names and attributes for *timeout_s* seconds.
+    def __init__(self, store: Store, desk: Desk, manner: Manner) -> None:
+        """Serve *store* in that *manner*.
 
         *desk* knows the row of the request in hand, and whether a worker that died had applied it already.
         """
         self._store = store
         self._desk = desk
-        self._timeout_s = timeout_s
+        self._timeout_s = manner.timeout_s
+        self._xattrs = manner.xattrs
+        self._publish_at_close = manner.publish_at_close
         self._changes = trio.Lock()
         self._threads = trio.CapacityLimiter(THREADS)
         self._group_sync = GroupSync(store.sync)
-        self._absent = EntryAttributes()
-        self._absent.st_ino = 0
-        self._absent.entry_timeout = timeout_s
-        self._absent.attr_timeout = timeout_s
+        self._absent = _absent(manner.timeout_s)
+        self._hidden = _absent(0)
 
     async def sync(self) -> None:
         """Make durable all that was answered so far."""
@@ -147,6 +160,10 @@ class Filesystem(pyfuse3.Operations):
         except NotFound:
             return self._absent
         attr = store.attr(inode)
+        if self._publish_at_close:
+            creator = store.creator(inode)
+            if creator:
+                return self._passing(attr) if creator == _process_of(ctx.pid) else self._hidden
         if attr.kind == Kind.FILE:
             # The disk works while the answer and the open travel.
             store.prefetch(inode)
@@ -161,7 +178,7 @@ class Filesystem(pyfuse3.Operations):
         if done := self._desk.resent():
             return self._entry(store.attr(done.inode))
         gid, set_gid = self._group_in(parent, ctx)
-        mode = mode & _PERMISSIONS & ~ctx.umask | set_gid
+        mode = mode & PERMISSIONS & ~ctx.umask | set_gid
         return self._entry(store.attr(await self._change(store.mkdir, parent, name, mode, ctx.uid, gid)))
 
     async def symlink(self, parent: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -185,15 +202,20 @@ class Filesystem(pyfuse3.Operations):
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: RequestContext
     ) -> None:
+        if flags == pyfuse3.RENAME_EXCHANGE:
+            if self._desk.resent() is None:
+                await self._change(self._store.exchange, parent, name, new_parent, new_name)
+            return
         if flags not in (0, pyfuse3.RENAME_NOREPLACE):
-            raise InvalidArgument("only RENAME_NOREPLACE is supported")
+            raise InvalidArgument("a rename may exchange, or not replace; there is nothing else")
         if self._desk.resent() is None:
             rename = functools.partial(self._store.rename, replace=not flags)
             await self._change(rename, parent, name, new_parent, new_name)
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
-        # What link(2) names for a file system without hard links.
-        raise FUSEError(errno.EPERM)
+        if self._desk.resent() is None:
+            await self._change(self._store.link, inode, new_parent, new_name)
+        return self._entry(self._store.attr(inode))
 
     # -- attributes -------------------------------------------------------------------------------------------
 
@@ -204,7 +226,7 @@ class Filesystem(pyfuse3.Operations):
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
         store = self._store
-        mode = attr.st_mode & _PERMISSIONS if fields.update_mode else None
+        mode = attr.st_mode & PERMISSIONS if fields.update_mode else None
         uid = attr.st_uid if fields.update_uid else None
         gid = attr.st_gid if fields.update_gid else None
         mtime_ns = attr.st_mtime_ns if fields.update_mtime else None
@@ -216,7 +238,13 @@ class Filesystem(pyfuse3.Operations):
         changes = {"mode": mode, "uid": uid, "gid": gid, "mtime_ns": mtime_ns}
         if any(value is not None for value in changes.values()):
             await self._change(functools.partial(store.set_attr, inode, **changes))
-        return self._entry(store.attr(inode))
+        if self._xattrs and (fields.update_uid or fields.update_gid or fields.update_size):
+            await self._change(store.drop_capability, inode)
+        entry = self._entry(store.attr(inode))
+        if fields.update_atime:
+            # The kernel remembers it until it forgets the attributes; nobody else does.
+            entry.st_atime_ns = attr.st_atime_ns
+        return entry
 
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         space = self._store.space()
@@ -229,6 +257,27 @@ class Filesystem(pyfuse3.Operations):
         answer.f_ffree = answer.f_favail = space.images_max - space.images
         answer.f_namemax = NAME_BYTES_MAX
         return answer
+
+    # -- extended attributes ----------------------------------------------------------------------------------
+
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        return await self._cold(self._with_xattrs(self._store.get_xattr), inode, name)
+
+    async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
+        return await self._cold(self._with_xattrs(self._store.list_xattrs), inode)
+
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        await self._change(self._with_xattrs(self._store.set_xattr), inode, name, value)
+
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        if self._desk.resent() is None:
+            await self._change(self._with_xattrs(self._store.remove_xattr), inode, name)
+
+    def _with_xattrs(self, call: Callable[..., T]) -> Callable[..., T]:
+        """Return *call*, unless extended attributes are off: the kernel stops asking after the first ENOSYS."""
+        if not self._xattrs:
+            raise FUSEError(errno.ENOSYS)
+        return call
 
     # -- directories ------------------------------------------------------------------------------------------
 
@@ -272,12 +321,16 @@ class Filesystem(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         done = self._desk.resent()
         inode, handle = (done.inode, done.handle) if done else await self._create(parent, name, mode, ctx)
-        return FileInfo(fh=handle, keep_cache=True), self._entry(self._store.attr(inode))
+        attr = self._store.attr(inode)
+        entry = self._passing(attr) if self._publish_at_close else self._entry(attr)
+        return FileInfo(fh=handle, keep_cache=True), entry
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
-        if not stat.S_ISREG(mode):
-            raise FUSEError(errno.EPERM)  # what mknod(2) names for a file system without such files
         done = self._desk.resent()
+        if not stat.S_ISREG(mode):
+            gid, _ = self._group_in(parent, ctx)
+            special = functools.partial(self._store.special, parent, name, mode & ~ctx.umask, rdev, ctx.uid, gid)
+            return self._entry(self._store.attr(done.inode if done else await self._change(special)))
         inode, handle = (done.inode, done.handle) if done else await self._create(parent, name, mode, ctx)
         try:
             await self._change(self._store.release, handle)
@@ -306,6 +359,8 @@ class Filesystem(pyfuse3.Operations):
         mode = self._mode_without_set_id(inode)
         if mode is not None:
             await self._change(functools.partial(store.set_attr, inode, mode=mode))
+        if self._xattrs and store.has_xattrs(inode):
+            await self._change(store.drop_capability, inode)
         return done
 
     async def flush(self, fh: int) -> None:
@@ -379,8 +434,11 @@ class Filesystem(pyfuse3.Operations):
 
     async def _create(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> tuple[int, int]:
         gid, _ = self._group_in(parent, ctx)
-        mode = mode & _PERMISSIONS & ~ctx.umask
-        return await self._change(self._store.create_image, parent, name, mode, ctx.uid, gid)
+        mode = mode & PERMISSIONS & ~ctx.umask
+        create = self._store.create_image
+        if self._publish_at_close:
+            create = functools.partial(create, creator=_process_of(ctx.pid))
+        return await self._change(create, parent, name, mode, ctx.uid, gid)
 
     # -- attributes as the kernel wants them ------------------------------------------------------------------
 
@@ -390,6 +448,7 @@ class Filesystem(pyfuse3.Operations):
         entry.generation = attr.inode >> 32
         entry.entry_timeout = entry.attr_timeout = self._timeout_s
         entry.st_mode = _TYPE_BITS[attr.kind] | attr.mode
+        entry.st_rdev = attr.device
         entry.st_nlink = attr.nlink
         entry.st_uid = attr.uid
         entry.st_gid = attr.gid
@@ -401,6 +460,12 @@ class Filesystem(pyfuse3.Operations):
         entry.st_ctime_ns = attr.ctime_ns
         return entry
 
+    def _passing(self, attr: Attr) -> EntryAttributes:
+        """Return what the kernel may not remember: a name that only the asking process may know."""
+        entry = self._entry(attr)
+        entry.entry_timeout = 0
+        return entry
+
     def _entry_of_parent(self, directory: int) -> EntryAttributes:
         try:
             return self._entry(self._store.attr(self._store.parent(directory)))
@@ -410,6 +475,8 @@ class Filesystem(pyfuse3.Operations):
     def _show(self, entry: Entry, token: pyfuse3.ReaddirToken) -> bool:
         """Add *entry* to the listing *token*; return False when that is full."""
         try:
+            if self._publish_at_close and self._store.creator(entry.inode):
+                return True
             attributes = self._entry(self._store.attr(entry.inode))
         except Stale:
             return True
@@ -440,6 +507,26 @@ def _requested(store: Store, row: int, change: Callable[..., T], *args: Any) -> 
         return change(*args)
     finally:
         store.requester = NOBODY
+
+
+def _absent(timeout_s: float) -> EntryAttributes:
+    """Return the answer that a name is not there, and for how long the kernel may remember that."""
+    answer = EntryAttributes()
+    answer.st_ino = 0
+    answer.entry_timeout = answer.attr_timeout = timeout_s
+    return answer
+
+
+def _process_of(thread: int) -> int:
+    """Return the process that *thread* belongs to; itself if it is gone or lies in a namespace out of sight."""
+    try:
+        with open(f"/proc/{thread}/status", "rb") as status:
+            for line in status:
+                if line.startswith(b"Tgid:"):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    return thread
 
 
 def _forget_in_kernel(inode: int, parent: int, name: bytes) -> None:

@@ -29,9 +29,9 @@ from imgfs.format import (
 )
 from imgfs.handles import WRITE, Handles
 from imgfs.layout import Flag
-from imgfs.log import SMALL_BYTES, Log
+from imgfs.log import SMALL_BYTES, Log, Part
 from imgfs.settings import MIB
-from imgfs.staging import DIRTY, SPOILED, Staged, Staging
+from imgfs.staging import ATTRIBUTED, DIRTY, SPOILED, Staged, Staging
 from imgfs.table import Record, Table
 from imgfs.volumes import Volumes
 
@@ -145,15 +145,14 @@ class Images:
         self._keep(key, whole, len(content or b"") + 1024)
         return whole
 
-    def read(self, handle: int, offset: int, size: int, *, nowait: bool = False) -> bytes | memoryview:
-        """Return up to *size* bytes at *offset* of an open image.
+    def read(self, inode: int, offset: int, size: int, *, nowait: bool = False) -> bytes | memoryview:
+        """Return up to *size* bytes at *offset* of the image *inode*.
 
         Raises:
-            BadHandle: *handle* is not open.
+            Stale: it is gone.
             Damaged: the MiB that holds them is not what was written.
             WouldBlock: *nowait* is set and the disk is needed.
         """
-        inode, _ = self._handles.get(handle)
         while True:
             record = self.record(inode)
             if record.flags & (Flag.STAGED | Flag.UNBORN):
@@ -361,14 +360,12 @@ class Images:
         if entry.flags & SPOILED:
             raise StoreFull("the disk was full when this image was written; the old one stays")
         uid, gid, mode = self._table.owner(entry.owner)
-        parent = record.parent - 1
-        unborn = bool(record.flags & Flag.UNBORN)
-        names = self._volumes.get(record.name_volume).names
+        parent, name = self.own_name(inode, record)
         needle = Needle(
             record.kind,
             inode,
-            inode_of(parent, self._table.record(parent).generation),
-            entry.name if unborn else names.get(record.name_offset),
+            parent,
+            name,
             entry.size,
             mode,
             uid,
@@ -376,13 +373,35 @@ class Images:
             mtime_ns=entry.mtime_ns,
             ctime_ns=entry.ctime_ns,
         )
+        second = None
+        if entry.flags & ATTRIBUTED and record.flags & Flag.UNBORN:
+            attributes = self._staging.attributes(number)
+            second = Part(Needle(Kind.XATTR, inode, data_size=len(attributes)), [attributes], None)
         if entry.size <= SMALL_BYTES:
             data = self._staging.read(number, 0, entry.size)
             if len(data) < entry.size:  # the file is sparse at its end
                 data += bytes(entry.size - len(data))
-            self.writer().append(needle, [data] if data else [], staged=number)
+            self.writer().append(needle, [data] if data else [], second=second, staged=number)
         else:
-            self.writer().append(needle, [], large=self._staged_pieces(number, entry.size), staged=number)
+            pieces = self._staged_pieces(number, entry.size)
+            self.writer().append(needle, [], large=pieces, second=second, staged=number)
+        self._staging.drop_attributes(number)
+
+    def waiting_attributes(self, inode: int) -> bytes:
+        """Return the packed extended attributes that wait for the first needle of *inode*."""
+        number = self._staging.find(inode)
+        if number < 0 or not self._staging.entry(number).flags & ATTRIBUTED:
+            return b""
+        return self._staging.attributes(number)
+
+    def own_name(self, inode: int, record: Record) -> tuple[int, bytes]:
+        """Return directory and name of *inode*, which has *record*; 0 and nothing if only links name it."""
+        directory = record.parent - 1
+        parent = inode_of(directory, self._table.record(directory).generation)
+        staged = self.staged(inode) if record.flags & Flag.UNBORN else None
+        if staged is not None:
+            return parent, staged.name
+        return parent, self._volumes.get(record.name_volume).names.get(record.name_offset)
 
     def _staged_pieces(self, number: int, size: int) -> Iterator[bytes]:
         for at in range(0, size, CHUNK_BYTES):

@@ -67,11 +67,13 @@ def pack_record(needle: Needle, offset: int, name_offset: int, value: int) -> by
     """Return the record of *needle*, which lies at *offset*; *value* is the hash of its name.
 
     What a kind does not need holds what loading needs of it: a rename has the slot + 1 it replaces in place of the
-    size, an owner its uid, gid and mode in place of parent, size and name offset.
+    size, an owner its uid, gid and mode in place of parent, size and name offset. Renames and deletes have their flags
+    in place of the owner, and the slot + 1 of the inode whose link goes in place of the mtime.
     """
-    parent, size = slot_of(needle.parent) + 1, needle.data_size
-    if needle.kind == Kind.RENAME:
-        size = slot_of(needle.extra_u64(Tag.REPLACED)) + 1
+    parent, size, owner, mtime_ns = slot_of(needle.parent) + 1, needle.record_size, needle.record_owner, needle.mtime_ns
+    if needle.kind in (Kind.RENAME, Kind.DELETE):
+        size, owner = slot_of(needle.extra_u64(Tag.REPLACED)) + 1, needle.flags
+        mtime_ns = slot_of(needle.extra_u64(Tag.TARGET)) + 1
     elif needle.kind == Kind.OWNER:
         parent, size, name_offset = needle.uid, needle.gid, needle.mode
     return INDEX_RECORD.pack(
@@ -81,9 +83,9 @@ def pack_record(needle: Needle, offset: int, name_offset: int, value: int) -> by
         name_offset,
         offset // ALIGNMENT,
         size,
-        needle.mtime_ns,
+        mtime_ns,
         seconds(needle.ctime_ns),
-        needle.owner,
+        owner,
         value | (needle.inode >> 32 & 0xFF) << 24,
     )
 
@@ -181,7 +183,7 @@ def _matches(state: IndexState, records: bytes, names: bytes, end: int) -> bool:
 
 def names_a_name(kind: int) -> bool:
     """Return whether needles of *kind* carry a name that belongs into `.names`."""
-    return kind in PUT_KINDS or kind in (Kind.RENAME, Kind.LINK)
+    return kind in PUT_KINDS or kind == Kind.RENAME
 
 
 def state_of(records: bytes | bytearray, names: bytes | bytearray, end: int) -> IndexState:

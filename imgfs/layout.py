@@ -47,6 +47,9 @@ class Word:
     FAILED = 27  # 0, or why the store takes no changes: reason << 32 | errno
     NOTES = 28  # requests in the list of resent ones that were applied
     NOTE_ROWS = 29  # rows of that list ever used
+    RARE_ENTRIES = 30  # entries of rare.py ever used
+    RARE_FREE = 31  # its first free entry + 1
+    RARE_COUNT = 32  # its entries in use
     ARENA_FREE = 64  # 32 words: first free region of each size
 
 
@@ -101,8 +104,8 @@ REQUESTS_MAX = WORKERS_MAX * TASKS_MAX
 # A request of a worker that died, which the kernel resent: the same, deaths of workers, time in ns
 NOTE = struct.Struct("<10Q")
 
-# inode, flags, owner, size, mtime ns, ctime ns, name length, name
-STAGED = struct.Struct("<QIIQqqB255s")
+# inode, flags, owner, size, mtime ns, ctime ns, process that created it, name length, name
+STAGED = struct.Struct("<QIIQqqIB255s")
 STAGED_STATE = struct.Struct("<IIQqq")  # what changes of an entry, from AT_STAGED_STATE on
 AT_STAGED_STATE = 8
 STAGED_BYTES = 320
@@ -113,6 +116,12 @@ STAGED_MAX = 4096
 RECORD = struct.Struct("<BHHIIIIqIHI")
 RECORD_BYTES = 39
 assert RECORD.size == RECORD_BYTES
+
+# What few inodes have: next entry + 1 of the same chain, slot + 1, generation, links, then of the needle with its
+# extended attributes entry + 1 of the volume, offset / 8, bytes of data
+RARE = struct.Struct("<IIIIIII")
+RARE_MAX = 1 << 26
+RARE_HEADS = 1 << 18
 
 LINK_BYTES = 4  # next record of the same bucket
 BUCKET_BYTES = 4  # first record of a bucket
@@ -127,6 +136,8 @@ HANDLE_OWNERS_AT = _region(HANDLE_OWNER.size * HANDLE_OWNERS)
 REQUESTS_AT = _region(REQUEST.size * REQUESTS_MAX)
 NOTES_AT = _region(NOTE.size * REQUESTS_MAX)
 STAGED_AT = _region(STAGED_BYTES * STAGED_MAX)
+RARE_HEADS_AT = _region(4 * RARE_HEADS)
+RARE_AT = _region(RARE.size * RARE_MAX)
 ARENA_AT = _region(2 * BUCKET_BYTES * SLOTS_MAX)
 LINKS_AT = _region(LINK_BYTES * SLOTS_MAX)
 RECORDS_AT = _region(RECORD_BYTES * SLOTS_MAX)
@@ -145,6 +156,7 @@ class Flag:
     STAGED = 0x20  # being written: size and data are in staging
     UNBORN = 0x40  # created, but no needle has named it yet; its name is in staging
     STALE_MTIME = 0x80  # a directory that changed since its last needle
+    LINKED = 0x80  # of all else: it has further names; rare.py knows how many
 
 
 # Offsets of single fields within a record, for changes of one field.

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imgfs.buckets import BUCKETS_MAX, bucket_count
-from imgfs.format import INDEX_RECORD_BYTES, Kind
+from imgfs.format import FLAG_BARE, FLAG_LAST, INDEX_RECORD_BYTES, Kind
 from imgfs.layout import (
     ARENA_AT,
     ARENA_UNIT,
@@ -20,6 +20,10 @@ from imgfs.layout import (
     LINKS_AT,
     OWNER,
     OWNERS_AT,
+    RARE,
+    RARE_AT,
+    RARE_HEADS,
+    RARE_HEADS_AT,
     RECORD_BYTES,
     RECORDS_AT,
     SUBDIRECTORIES_MANY,
@@ -45,7 +49,14 @@ INDEX_RECORDS = np.dtype([("kind", "u1"), ("slot", "<u4"), *_SHARED])
 RECORDS = np.dtype([("flags", "u1"), ("volume", "<u2"), ("name_volume", "<u2"), *_SHARED])
 assert INDEX_RECORDS.itemsize == INDEX_RECORD_BYTES
 assert RECORDS.itemsize == RECORD_BYTES
-_PUTS = [Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.SPECIAL]
+# As layout.RARE.
+RARE_ENTRIES = np.dtype(
+    [(name, "<u4") for name in ("next", "slot", "generation", "links", "volume", "offset8", "size")]
+)
+assert RARE_ENTRIES.itemsize == RARE.size
+_PUTS = [Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK]
+# What changes inodes that were put before; a link does so to its target.
+_EVENTS = [Kind.RENAME, Kind.DELETE, Kind.ATTRIBUTES, Kind.XATTR, Kind.LINK]
 # Linking sorts so many records at a time, which bounds the memory it takes.
 _BATCH = 1 << 20
 
@@ -58,6 +69,8 @@ class Loader:
         self._slots = 0
         # For each slot the number of the last record of some kind within the volume in hand.
         self._last = np.zeros(0, np.int32)
+        # The last needle with the extended attributes of an inode: volume + 1, offset / 8, size.
+        self._xattrs: dict[int, tuple[int, int, int]] = {}
 
     def _records(self, count: int) -> npt.NDArray[np.void]:
         return np.frombuffer(self._memory.map, RECORDS, count, RECORDS_AT)
@@ -71,12 +84,10 @@ class Loader:
         self._slots = max(self._slots, int(index["slot"][index["kind"] != Kind.OWNER].max(initial=0)))
         if len(self._last) < self._slots:
             self._last = np.full(self._slots + (self._slots >> 3), -1, np.int32)
-        table = self._records(self._slots)
-        slot = index["slot"].astype(np.int64) - 1
-        kind = index["kind"]
+        kind = np.ascontiguousarray(index["kind"])
         position = np.arange(len(index), dtype=np.int32)
-
-        put, put_at = self._last_of(np.isin(kind, _PUTS), slot, position)
+        puts = np.isin(kind, _PUTS)
+        put, put_at = self._last_of(position[puts], index["slot"][puts].astype(np.int64) - 1)
         fresh = np.zeros(len(put), RECORDS)
         source = index[put]
         fresh["flags"] = source["kind"]
@@ -86,59 +97,68 @@ class Loader:
         directory = source["kind"] == Kind.DIRECTORY
         for name in ("volume", "offset8", "size"):
             fresh[name][directory] = 0
-        table[put_at] = fresh
+        self._records(self._slots)[put_at] = fresh
 
-        born = self._last  # still holds the last put of each slot
-        born[put_at] = put
-        rename, rename_at = self._last_among(kind == Kind.RENAME, slot, position)
-        keep = rename > born[rename_at]
-        rename, rename_at = rename[keep], rename_at[keep]
-        attributes, attributes_at = self._last_among(kind == Kind.ATTRIBUTES, slot, position)
-        keep = attributes > born[attributes_at]
-        attributes, attributes_at = attributes[keep], attributes_at[keep]
-        changed, changed_at = self._last_among((kind == Kind.RENAME) | (kind == Kind.ATTRIBUTES), slot, position)
-        keep = changed > born[changed_at]
-        changed, changed_at = changed[keep], changed_at[keep]
+        self._last[put_at] = put
+        events = np.isin(kind, _EVENTS)
+        self._change(index[events], position[events], volume)
+        self._last[put_at] = -1
 
-        source = index[rename]
-        table["name_volume"][rename_at] = volume
+    def _change(self, index: npt.NDArray[np.void], position: npt.NDArray[np.int32], volume: int) -> None:
+        """Do what the records *index* say that are no puts, each where its inode was not put again behind it."""
+        table = self._records(self._slots)
+        kind, slot = index["kind"], index["slot"].astype(np.int64) - 1
+        rename, delete, link = kind == Kind.RENAME, kind == Kind.DELETE, kind == Kind.LINK
+        flags = np.where(rename | delete, index["owner"], 0)
+        other = index["size"].astype(np.int64) - 1  # what a rename replaces, or a link names
+        target = np.where(rename | delete, index["mtime"] - 1, -1)
+        bare = flags & FLAG_BARE > 0
+
+        def latest(*chosen: tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]) -> tuple[npt.NDArray[np.intp], ...]:
+            """Return (row, slot) of the last of the rows *chosen* for each slot, if no put comes after it."""
+            rows = np.concatenate([np.flatnonzero(mask) for mask, _ in chosen])
+            slots = np.concatenate([slots[mask] for mask, slots in chosen])
+            valid = (slots >= 0) & (slots < self._slots)
+            rows, slots = rows[valid], slots[valid]
+            valid = position[rows] > self._last[slots]
+            rows, slots = rows[valid], slots[valid]
+            order = np.lexsort((rows, slots))
+            rows, slots = rows[order], slots[order]
+            final = np.ones(len(slots), bool)
+            final[:-1] = slots[1:] != slots[:-1]
+            return rows[final], slots[final]
+
+        row, at = latest((rename | delete & bare, slot), (rename & bare, other))
+        # A record that takes the name away has no name to give; of a rename, `other` loses it.
+        named = rename[row] & (slot[row] == at)
         for name in ("parent", "name_offset"):
-            table[name][rename_at] = source[name]
-        generation = table["hash_generation"][rename_at] & 0xFF00_0000
-        table["hash_generation"][rename_at] = generation | (source["hash_generation"] & 0xFF_FFFF)
-        source = index[attributes]
-        table["mtime"][attributes_at] = source["mtime"]
-        table["owner"][attributes_at] = source["owner"]
-        table["ctime"][changed_at] = index["ctime"][changed]
+            table[name][at] = np.where(named, index[name][row], 0)
+        table["name_volume"][at] = np.where(named, volume, 0)
+        value = np.where(named, index["hash_generation"][row] & 0xFF_FFFF, 0)
+        table["hash_generation"][at] = table["hash_generation"][at] & 0xFF00_0000 | value
 
-        replaced = (kind == Kind.RENAME) & (index["size"] > 0)
-        gone = np.concatenate([position[kind == Kind.DELETE], position[replaced]])
-        gone_at = np.concatenate([slot[kind == Kind.DELETE], index["size"][replaced].astype(np.int64) - 1])
-        keep = (gone_at < self._slots) & (gone_at > 0)
-        gone, gone_at = gone[keep], gone_at[keep]
-        dead = gone_at[gone > born[gone_at]]
-        table["flags"][dead] |= np.uint8(Flag.DEAD)
-        born[put_at] = -1
+        row, at = latest((kind == Kind.ATTRIBUTES, slot))
+        for name in ("mtime", "owner"):
+            table[name][at] = index[name][row]
+        row, at = latest((~delete & ~link | bare, slot), (rename & bare | link, other), (rename | delete, target))
+        table["ctime"][at] = index["ctime"][row]
+
+        last = flags & FLAG_LAST > 0
+        _, at = latest((delete & ~bare, slot), (rename & ~bare, other), (last, target))
+        table["flags"][at[at > 0]] |= np.uint8(Flag.DEAD)
+        for record in index[kind == Kind.XATTR]:
+            inode = int(record["slot"]) | int(record["hash_generation"]) >> 24 << 32
+            self._xattrs[inode] = volume + 1, int(record["offset8"]), int(record["size"])
 
     def _last_of(
-        self, mask: npt.NDArray[np.bool_], slot: npt.NDArray[np.int64], position: npt.NDArray[np.int32]
+        self, numbers: npt.NDArray[np.int32], slots: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Return (position, slot) of the last record of each slot among those in *mask*."""
-        numbers, slots = position[mask], slot[mask]
+        """Return (number, slot) of the last of *numbers* for each of the *slots* they belong to."""
         last = self._last
         last[slots] = numbers  # of equal slots the last is stored
         keep = last[slots] == numbers
         last[slots] = -1
         return numbers[keep], slots[keep]
-
-    def _last_among(
-        self, mask: npt.NDArray[np.bool_], slot: npt.NDArray[np.int64], position: npt.NDArray[np.int32]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """As `_last_of`, for the few: sorts instead of using the array of all slots, which is in use."""
-        numbers, slots = position[mask], slot[mask]
-        _, first = np.unique(slots[::-1], return_index=True)
-        chosen = len(slots) - 1 - first
-        return numbers[chosen], slots[chosen]
 
     def _define_owners(self, index: npt.NDArray[np.void], volume: int) -> None:
         for record in index:
@@ -167,6 +187,10 @@ class Loader:
         if not self._slots:
             return []
         flags = np.ascontiguousarray(table["flags"])
+        links = np.flatnonzero(flags & (Flag.KIND | Flag.DEAD) == Kind.LINK)
+        if len(links) or self._xattrs:
+            self._load_rare(table, links)
+            flags = np.ascontiguousarray(table["flags"])
         alive = (flags & Flag.KIND != 0) & (flags & Flag.DEAD == 0)
         kinds = flags & Flag.KIND
         for word, counted in (
@@ -181,12 +205,53 @@ class Loader:
         placed = inside.copy()
         placed[inside] = (alive & (kinds == Kind.DIRECTORY))[parent[inside]]
         orphans = np.flatnonzero(alive & ~placed)
+        orphans = orphans[~linked(table, orphans)]
         members = np.flatnonzero(placed)
         self._link_members(members, parent[members], table)
         subdirectories = members[kinds[members] == Kind.DIRECTORY]
         where, count = np.unique(parent[subdirectories], return_counts=True)
         table["volume"][where] = np.minimum(count, SUBDIRECTORIES_MANY)
         return [int(slot) for slot in orphans if slot]
+
+    def _load_rare(self, table: npt.NDArray[np.void], links: npt.NDArray[np.int64]) -> None:
+        """Count the *links* of each inode, drop those whose target is lost, and take over where attributes lie."""
+        target = table["size"][links].astype(np.int64) - 1
+        valid = (target >= 0) & (target < self._slots)
+        aim = table[np.where(valid, target, 0)]
+        valid &= (aim["flags"] & Flag.KIND != 0) & (aim["flags"] & Flag.DEAD == 0)
+        valid &= aim["hash_generation"] >> 24 == table["owner"][links]
+        table["flags"][links[~valid]] |= np.uint8(Flag.DEAD)
+        target, count = np.unique(target[valid], return_counts=True)
+        table["flags"][target] |= np.uint8(Flag.LINKED)
+        inodes = np.fromiter(self._xattrs, np.int64, len(self._xattrs))
+        place = np.array(list(self._xattrs.values()), np.int64).reshape(-1, 3)
+        slot = (inodes & 0xFFFF_FFFF) - 1
+        record = table[slot]
+        valid = (record["flags"] & Flag.KIND != 0) & (record["flags"] & Flag.DEAD == 0) & (place[:, 2] > 0)
+        valid &= record["hash_generation"] >> 24 == inodes >> 32
+        slots = np.unique(np.concatenate([target, slot[valid]]))
+        entries = np.zeros(len(slots), RARE_ENTRIES)
+        entries["slot"] = slots + 1
+        entries["generation"] = table["hash_generation"][slots] >> 24
+        entries["links"][np.searchsorted(slots, target)] = count
+        at = np.searchsorted(slots, slot[valid])
+        for column, name in enumerate(("volume", "offset8", "size")):
+            entries[name][at] = place[valid][:, column]
+        self._chain(entries)
+
+    def _chain(self, entries: npt.NDArray[np.void]) -> None:
+        """Make *entries* what rare.py finds."""
+        head = (entries["slot"].astype(np.int64) - 1) % RARE_HEADS
+        order = np.argsort(head, kind="stable")
+        entries, head = entries[order], head[order]
+        count = len(entries)
+        first = np.ones(count, bool)
+        first[1:] = head[1:] != head[:-1]
+        number = np.arange(1, count + 1)
+        entries["next"] = np.where(np.roll(first, -1), 0, number + 1)
+        np.frombuffer(self._memory.map, RARE_ENTRIES, count, RARE_AT)[:] = entries
+        np.frombuffer(self._memory.map, "<u4", RARE_HEADS, RARE_HEADS_AT)[head[first]] = number[first]
+        self._memory.words[Word.RARE_ENTRIES] = self._memory.words[Word.RARE_COUNT] = count
 
     def _link_members(
         self, members: npt.NDArray[np.int64], parent: npt.NDArray[np.int64], table: npt.NDArray[np.void]
@@ -263,15 +328,34 @@ def rebuild_free_queue(memory: Memory) -> None:
 def stale_directories(memory: Memory) -> Iterable[int]:
     """Return the slots of the directories that changed since their last needle."""
     flags = np.frombuffer(memory.map, RECORDS, memory.words[Word.SLOTS], RECORDS_AT)["flags"]
-    return [int(slot) for slot in np.flatnonzero(flags & Flag.STALE_MTIME)]
+    stale = flags & (Flag.STALE_MTIME | Flag.KIND) == Flag.STALE_MTIME | Kind.DIRECTORY
+    return [int(slot) for slot in np.flatnonzero(stale)]
+
+
+def linked(table: npt.NDArray[np.void], slots: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Return for each of *slots* whether what is in it has no name of its own, but a link that names it."""
+    bare: npt.NDArray[np.bool_] = table["parent"][slots] == 0
+    if bare.any():
+        links = np.flatnonzero(table["flags"] & (Flag.KIND | Flag.DEAD) == Kind.LINK)
+        bare &= np.isin(slots, table["size"][links].astype(np.int64) - 1)
+    return bare
+
+
+def links_of(memory: Memory, slot: int) -> list[int]:
+    """Return the slots of the links that name the inode in *slot*."""
+    table, slots = _live(memory)
+    chosen = (table["flags"][slots] & Flag.KIND == Kind.LINK) & (table["size"][slots] == slot + 1)
+    return [int(link) for link in slots[chosen]]
 
 
 def stray_slots(memory: Memory) -> list[int]:
-    """Return the slots of live records, but for the root, that name no live directory as theirs."""
+    """Return the slots of live records, but for the root, that nothing names and no live directory holds."""
     table, slots = _live(memory)
     directories = slots[table["flags"][slots] & Flag.KIND == Kind.DIRECTORY]
     stray = ~np.isin(table["parent"][slots].astype(np.int64) - 1, directories)
-    return [int(slot) for slot in slots[stray] if slot]
+    slots = slots[stray]
+    slots = slots[~linked(table, slots)]
+    return [int(slot) for slot in slots if slot]
 
 
 def twin_slots(memory: Memory) -> list[int]:
@@ -279,6 +363,7 @@ def twin_slots(memory: Memory) -> list[int]:
     table, slots = _live(memory)
     slots = slots[slots > 0]
     places = table["parent"][slots].astype(np.int64) << 24 | (table["hash_generation"][slots] & 0xFF_FFFF)
+    slots, places = slots[places >= 1 << 24], places[places >= 1 << 24]  # without the nameless
     _, group, count = np.unique(places, return_inverse=True, return_counts=True)
     return [int(slot) for slot in slots[count[group] > 1]]
 

@@ -14,19 +14,22 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 from crc32c import crc32c
 
 from imgfs.disk import Buffer, Disk
 from imgfs.errors import Damaged, DiskFailure, StoreFull, disk_error
 from imgfs.format import (
+    FLAG_PAIR,
     FLAG_SEAL,
     INDEX_RECORD_BYTES,
     NAMES_BYTES_LIMIT,
     NEEDLE_HEADER_BYTES_MAX,
     NEEDLES_START,
+    OWNED_KINDS,
     PUT_KINDS,
     VOLUME_BYTES_LIMIT,
     Checksums,
@@ -34,7 +37,6 @@ from imgfs.format import (
     Kind,
     Needle,
     PreviousEnd,
-    Superblock,
     VolumeHeader,
     aligned,
     inode_of,
@@ -44,6 +46,7 @@ from imgfs.layout import VOLUME_SEALED, WORDS_AT, Word, appended_for, appending
 from imgfs.load import stale_directories
 from imgfs.requests import Requests
 from imgfs.settings import MIB, Settings
+from imgfs.superblock import Superblock
 from imgfs.table import Place, Table, VolumeEntry
 from imgfs.volume import Volume
 from imgfs.volumes import volume_path
@@ -56,7 +59,7 @@ _END_BYTES = 64 * MIB
 _ROLL_BYTES = 4096
 # Data up to this size is written in one call with its header and footer.
 SMALL_BYTES = 1 * MIB
-NO_DATA = Checksums(0, ())
+_NO_DATA = Checksums(0, ())
 # The words from ACTIVE_END to APPENDING, which every append moves on.
 _PROGRESS = struct.Struct("<6Q")
 assert Word.APPENDING - Word.ACTIVE_END == 5
@@ -75,6 +78,15 @@ _FAILURES = {
     Failure.UNCUT: "a failed append cannot be cut back",
     Failure.UNNAMED: "the name of this volume may not be durable",
 }
+
+
+class Part(NamedTuple):
+    """A needle to append, and its data: the buffers in *data*, or what *large* yields."""
+
+    needle: Needle
+    data: Sequence[Buffer] = ()
+    sums: Checksums | None = _NO_DATA
+    large: Iterable[Buffer] | None = None
 
 
 class Log:
@@ -302,7 +314,7 @@ class Log:
         with self._disk_errors(self.volume.path):
             self._sync_volume()
             self._words[Word.DURABLE] = self._words[Word.ACTIVE_END]
-            self._write(checkpoint(self.state(), seal=True), [], NO_DATA)
+            self._write(Part(checkpoint(self.state(), seal=True)))
             self._finish_seal()
 
     def _finish_seal(self) -> None:
@@ -345,14 +357,15 @@ class Log:
         sums: Checksums | None = None,
         *,
         large: Iterable[Buffer] | None = None,
+        second: Part | None = None,
         answers: bool = False,
         staged: int = -1,
     ) -> Place:
         """Append *needle* and do what it says to the table; return where it lies.
 
         Its `data_size` bytes are the buffers in *data*, or come from *large* in pieces. Sets sequence number, commit
-        time, durable mark and owner. *answers*: it is all that the request in hand asks for. *staged*: it stores what
-        is in that staging entry.
+        time, durable mark and owner. *second* is appended with it: both of them count, or none. *answers*: it is all
+        that the request in hand asks for. *staged*: it stores what is in that staging entry.
 
         Raises:
             StoreFull: no room on the disk; store and table are as before.
@@ -360,14 +373,19 @@ class Log:
             DiskFailure: the disk refused; store and table are as before, or the store takes no more changes.
         """
         self._check()
-        length = aligned(needle.length)
-        if needle.kind in PUT_KINDS and not self._has_room(length):
+        length = aligned(needle.length) + (aligned(second.needle.length) if second is not None else 0)
+        if (needle.kind in PUT_KINDS or needle.data_size) and not self._has_room(length):
             raise StoreFull("the disk is full: delete images or add space")
         with self._disk_errors(self.volume.path):
             self._make_room(needle, length)
-            if needle.kind not in (Kind.CHECKPOINT, Kind.DELETE, Kind.RENAME):
-                self._define_owner(needle)
-            return self._write(needle, data, sums, large, self.requester if answers else -1, staged)
+            parts = [Part(needle, data, sums, large)]
+            if second is not None:
+                needle.flags |= FLAG_PAIR
+                parts.append(second)
+            for part in parts:
+                if part.needle.kind in OWNED_KINDS:
+                    self._define_owner(part.needle)
+            return self._write(*parts, row=self.requester if answers else -1, staged=staged)
 
     def _has_room(self, size: int) -> bool:
         space = self._disk.space(self._directory)
@@ -389,39 +407,56 @@ class Log:
         known = owner < self._words[Word.OWNERS]
         if not known or self._table.owner_volume(owner) != self._words[Word.ACTIVE]:
             definition = Needle(Kind.OWNER, 0, mode=needle.mode, uid=needle.uid, gid=needle.gid, owner=owner)
-            self._write(definition, [], NO_DATA)
+            self._write(Part(definition))
 
-    def _write(
-        self,
-        needle: Needle,
-        data: list[Buffer],
-        sums: Checksums | None,
-        large: Iterable[Buffer] | None = None,
-        row: int = -1,
-        staged: int = -1,
-    ) -> Place:
-        words = self._words
+    def _write(self, *parts: Part, row: int = -1, staged: int = -1) -> Place:
+        """Append *parts* and apply them in one step; return where the first lies."""
+        words, volume = self._words, self.volume
         state = self.state()
-        volume = self.volume
-        needle.sequence = words[Word.NEXT_SEQUENCE]
-        needle.commit_ns = self.now_ns()
-        needle.ctime_ns = needle.ctime_ns or needle.commit_ns
-        needle.durable = words[Word.DURABLE]
+        end = state.end
         words[Word.APPENDING] = appending(row, staged)
         try:
-            if large is None:
-                volume.write_needle(state.end, needle, data, sums)
-            else:
-                volume.write_large_needle(state.end, needle, large)
-            return self._apply(needle, state, row, staged)
+            for number, part in enumerate(parts):
+                needle = part.needle
+                needle.sequence = words[Word.NEXT_SEQUENCE] + number
+                needle.commit_ns = self.now_ns()
+                needle.ctime_ns = needle.ctime_ns or needle.commit_ns
+                needle.durable = words[Word.DURABLE]
+                if part.large is None:
+                    volume.write_needle(end, needle, part.data, part.sums)
+                else:
+                    volume.write_large_needle(end, needle, part.large)
+                end += needle.length
+            return self._apply([part.needle for part in parts], state, row, staged)
         except (Exception, KeyboardInterrupt):
             self._undo(state)
             raise
 
-    def _apply(self, needle: Needle, state: IndexState, row: int, staged: int) -> Place:
-        """Append to the index what *needle* says, which stands at the end of the volume, and do it to the table."""
+    def _apply(self, needles: Sequence[Needle], state: IndexState, row: int, staged: int) -> Place:
+        """Append to the index what *needles* say, which stand at the end of the volume, and do it to the table."""
         words = self._words
-        entry = words[Word.ACTIVE]
+        entry, last = words[Word.ACTIVE], needles[-1]
+        places = []
+        for needle in needles:
+            place, state = self._index(needle, state)
+            places.append(place)
+        with self._memory.change():
+            for needle, place in zip(needles, places, strict=True):
+                self._table.apply(needle, place)
+            self._memory.put_word(Word.NEXT_SEQUENCE, last.sequence + 1)
+            # One entry of the journal for all six.
+            self._memory.put(WORDS_AT + 8 * Word.ACTIVE_END, _PROGRESS.pack(*state, 0))
+            if last.kind == Kind.CHECKPOINT and last.flags & FLAG_SEAL:
+                sealed = self._table.volume(entry)._replace(end=state.end, flags=VOLUME_SEALED)
+                self._table.set_volume(entry, sealed)
+            if row >= 0 and self.requests is not None:
+                self.requests.applied(row, needles[0].inode)
+            if staged >= 0 and self.unstage is not None:
+                self.unstage(staged)
+        return places[0]
+
+    def _index(self, needle: Needle, state: IndexState) -> tuple[Place, IndexState]:
+        """Append name and record of *needle* to the index files, which have *state*; return where, and the next state."""
         name_data = pack_name(needle.name) if names_a_name(needle.kind) else b""
         name_offset = state.names_bytes if name_data else 0
         if name_data:
@@ -429,43 +464,32 @@ class Log:
         value = self._table.hash(needle.name) if name_data else 0
         record = pack_record(needle, state.end, name_offset, value)
         self._disk.write(self._records_file, state.records * INDEX_RECORD_BYTES, [record])
-        place = Place(entry, state.end, name_offset)
-        with self._memory.change():
-            self._table.apply(needle, place)
-            self._memory.put_word(Word.NEXT_SEQUENCE, needle.sequence + 1)
-            # One entry of the journal for all six.
-            self._memory.put(
-                WORDS_AT + 8 * Word.ACTIVE_END,
-                _PROGRESS.pack(
-                    state.end + needle.length,
-                    state.records + 1,
-                    crc32c(record, state.records_crc),
-                    state.names_bytes + len(name_data),
-                    crc32c(name_data, state.names_crc),
-                    0,
-                ),
-            )
-            if needle.kind == Kind.CHECKPOINT and needle.flags & FLAG_SEAL:
-                sealed = self._table.volume(entry)._replace(end=state.end + needle.length, flags=VOLUME_SEALED)
-                self._table.set_volume(entry, sealed)
-            if row >= 0 and self.requests is not None:
-                self.requests.applied(row, needle.inode)
-            if staged >= 0 and self.unstage is not None:
-                self.unstage(staged)
-        return place
+        after = IndexState(
+            state.end + needle.length,
+            state.records + 1,
+            crc32c(record, state.records_crc),
+            state.names_bytes + len(name_data),
+            crc32c(name_data, state.names_crc),
+        )
+        return Place(self._words[Word.ACTIVE], state.end, name_offset), after
 
     def carry_on(self) -> None:
         """Within the lock: finish the append that a killed writer had begun, or cut away what there is of it."""
         state = self.state()
         volume = self.volume
         row, staged = appended_for(self._words[Word.APPENDING])
-        needle = volume.unpack(volume.read(state.end, NEEDLE_HEADER_BYTES_MAX), state.end)
+        needles: list[Needle] = []
+        end = state.end
         with self._disk_errors(volume.path):
-            if needle is None or not volume.whole(needle, state.end):
-                self._undo(state)
-                return
+            while not needles or needles[-1].flags & FLAG_PAIR:
+                needle = volume.unpack(volume.read(end, NEEDLE_HEADER_BYTES_MAX), end)
+                if needle is None or not volume.whole(needle, end):
+                    self._undo(state)
+                    return
+                needles.append(needle)
+                end += needle.length
             try:
-                self._apply(needle, state, row, staged)
+                self._apply(needles, state, row, staged)
             except (Exception, KeyboardInterrupt):
                 self._undo(state)
                 raise
@@ -520,7 +544,7 @@ class Log:
             if words[Word.ACTIVE] != entry:
                 return  # it was sealed meanwhile, which made it durable
             words[Word.DURABLE] = max(words[Word.DURABLE], state.end)
-            if due and self._if_room(lambda: self._write(checkpoint(state, seal=False), [], NO_DATA)):
+            if due and self._if_room(lambda: self._write(Part(checkpoint(state, seal=False)))):
                 words[Word.CHECKPOINT_RECORDS] = words[Word.INDEX_RECORDS]
                 if final:
                     with self._disk_errors(volume.path):
@@ -565,4 +589,4 @@ class Log:
                 ctime_ns=record.ctime_s * 1_000_000_000,
             )
             self._define_owner(needle)
-            self._write(needle, [], NO_DATA)
+            self._write(Part(needle))

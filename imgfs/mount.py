@@ -19,6 +19,7 @@ from imgfs.background import in_background
 from imgfs.board import Board
 from imgfs.device import DEVICE, Device, Mounting
 from imgfs.errors import EXIT_OK, Busy, MountFailed
+from imgfs.fs import Manner
 from imgfs.options import MountOptions
 from imgfs.settings import Settings
 from imgfs.store import Store
@@ -89,10 +90,11 @@ def _plan(store: Store, path: str, options: MountOptions, device: Device, ready:
     timeout_s = options.timeout_s
     if timeout_s is None:
         timeout_s = TIMEOUT_S if options.writable else READER_TIMEOUT_S
+    manner = Manner(timeout_s, options.xattrs, options.publish_at_close)
     sync_interval_s = options.sync_interval_s or Settings().sync_interval_s
 
     def work(number: int, board: Board, gate: int) -> None:
-        worker.work(number, worker.Common(store, device, gate, board, timeout_s))
+        worker.work(number, worker.Common(store, device, gate, board, manner))
 
     return Plan(
         store=store,

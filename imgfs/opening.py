@@ -14,19 +14,16 @@ from imgfs.format import (
     Kind,
     Needle,
     PreviousEnd,
-    Superblock,
     hash_seed,
     inode_of,
-    new_superblock,
-    pack_superblock,
     slot_of,
-    unpack_superblock,
 )
 from imgfs.layout import Word
 from imgfs.log import Log
 from imgfs.memory import Memory
 from imgfs.recover import VOLUMES, Recovery, RecoveryReport, lost_name
 from imgfs.settings import KIB, Settings
+from imgfs.superblock import Superblock, new_superblock, pack_superblock, unpack_superblock
 from imgfs.table import Table
 from imgfs.volume import Volume
 from imgfs.volumes import SUFFIX, Volumes

@@ -47,6 +47,12 @@ class MountOptions:
     log: str | None = None
     """The file a daemon writes its log to; None: the system log."""
 
+    xattrs: bool = False
+    """Keep extended attributes."""
+
+    publish_at_close: bool = False
+    """Let nobody but the process that creates an image find it by name before it is closed."""
+
     kernel: frozenset[str] = frozenset()
     """Flags that the kernel carries out, such as `noexec`."""
 
@@ -63,8 +69,9 @@ _IGNORED_NAMES = """
 _IGNORED = frozenset(_IGNORED_NAMES.split())
 _IGNORED_WITH_VALUE = frozenset({"user", "comment", "fsname", "subtype"})
 
-_FLAGS = ("ro", "rw", "allow_other")
-_VALUES = ("timeout", "sync_interval", "read_ahead", "workers", "grace", "log")
+_FLAGS = ("ro", "rw", "allow_other", "xattr", "noxattr")
+_VALUES = ("timeout", "sync_interval", "read_ahead", "workers", "grace", "log", "publish")
+_PUBLISH = {"create": False, "close": True}
 
 
 def parse(texts: Iterable[str]) -> MountOptions:
@@ -100,12 +107,18 @@ def _with(options: MountOptions, item: str) -> MountOptions:
                 return replace(options, grace_s=_number(item, value))
             case "log" if value:
                 return replace(options, log=value)
+            case "publish":
+                if value not in _PUBLISH:
+                    raise BadOption(f"mount option {item!r}: publish is create or close")
+                return replace(options, publish_at_close=_PUBLISH[value])
     elif name in _IGNORED:
         return options
     elif name in _KERNEL:
         return replace(options, kernel=options.kernel - {_KERNEL[name]} | {name})
     elif name == "allow_other":
         return replace(options, allow_other=True)
+    elif name in ("xattr", "noxattr"):
+        return replace(options, xattrs=name == "xattr")
     elif name in ("ro", "rw"):
         return replace(options, writable=name == "rw")
     raise BadOption(_complaint(name, item))

@@ -8,15 +8,16 @@ checkpoint vouches for. Owns the rule that tells torn from corrupt (docs/crash.m
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from imgfs.disk import Disk
 from imgfs.errors import Damaged
 from imgfs.format import (
+    FLAG_PAIR,
     FLAG_SEAL,
     INDEX_RECORD_BYTES,
-    PUT_KINDS,
+    OWNED_KINDS,
     IndexState,
     Kind,
     Needle,
@@ -130,19 +131,35 @@ class _Survey:
     def needles(self) -> Iterator[tuple[int, Needle]]:
         """Yield (offset, needle) for each good one; the attributes hold when it has ended."""
         items = self._volume.scan(self._start, self._size)
+        first: list[tuple[int, Needle]] = []  # of a pair whose second has not come yet
         for item in items:
             end = self._end_at(item)
             if end is not None:
-                self.end, self.torn_bytes = end, self._size - end
-                for torn in itertools.chain([item], items):
-                    if not isinstance(torn, Gap):
-                        self.torn_needles += 1
-                        # A number is not given again, not even that of a torn needle.
-                        self.next_sequence = max(self.next_sequence, torn[1].sequence + 1)
+                if first and first[0][0] < self.durable:
+                    yield first.pop()  # the second is damaged
+                self._ends_at(first[0][0] if first else end, itertools.chain(first, [item], items))
                 return
+            yield from first
+            first = []
             if not isinstance(item, Gap):
                 self.next_sequence = max(self.next_sequence, item[1].sequence + 1)
-                yield item
+                if item[1].flags & FLAG_PAIR:
+                    first.append(item)
+                else:
+                    yield item
+        if first and first[0][0] >= self.durable:
+            self._ends_at(first[0][0], first)
+        else:
+            yield from first
+
+    def _ends_at(self, end: int, torn: Iterable[tuple[int, Needle] | Gap]) -> None:
+        """Note that the log ends at *end*, and what is *torn* behind it."""
+        self.end, self.torn_bytes = end, self._size - end
+        for item in torn:
+            if not isinstance(item, Gap):
+                self.torn_needles += 1
+                # A number is not given again, not even that of a torn needle.
+                self.next_sequence = max(self.next_sequence, item[1].sequence + 1)
 
     def _end_at(self, item: tuple[int, Needle] | Gap) -> int | None:
         """Return where the log ends if it does so in *item*; note damage."""
@@ -304,7 +321,7 @@ class Recovery:
     def _know_owner(self, needle: Needle) -> None:
         """Define the owner of a put even where the needle that did is damaged: each needle says it itself."""
         words = self._table.memory.words
-        if needle.kind in (Kind.DELETE, Kind.RENAME, Kind.CHECKPOINT, Kind.OWNER) or needle.owner in self._owners:
+        if needle.kind not in OWNED_KINDS or needle.owner in self._owners:
             return
         self._owners.add(needle.owner)
         known = needle.owner < words[Word.OWNERS] and self._table.owner(needle.owner) != (0, 0, 0)
@@ -337,7 +354,7 @@ class Recovery:
     def _replay(self, tail: Tail) -> None:
         """Apply the last needles one by one, as when they were appended."""
         for offset, name_offset, needle in tail.needles:
-            if needle.kind in PUT_KINDS or needle.kind == Kind.RENAME:
+            if names_a_name(needle.kind) and needle.parent:
                 self._find_directory(needle.parent, of=needle.inode)
             if self.report.damage:
                 self._link_again(slot_of(needle.inode))
@@ -382,8 +399,9 @@ class Recovery:
         for slot in orphans:
             record = table.record(slot)
             parent = table.record(record.parent - 1)
-            if parent.live and parent.kind != Kind.DIRECTORY:
-                self._rescue(slot)  # its directory was removed after it had left, and the slot was used again
+            if not record.parent or (parent.live and parent.kind != Kind.DIRECTORY):
+                # Its last link is lost; or its directory was removed after it had left, and the slot was used again.
+                self._rescue(slot)
                 continue
             generation = parent.generation + 1 & 0xFF if parent.flags else 0
             self._find_directory(inode_of(record.parent - 1, generation), of=inode_of(slot, record.generation))

@@ -19,6 +19,7 @@ from imgfs.memory import Memory
 
 DIRTY = 1  # flag: differs from what the volumes hold
 SPOILED = 2  # flag: a write found the disk full, so that this is not what somebody meant
+ATTRIBUTED = 4  # flag: extended attributes wait in a file of their own for the first needle of the image
 
 
 class Staged(NamedTuple):
@@ -30,6 +31,8 @@ class Staged(NamedTuple):
     size: int
     mtime_ns: int
     ctime_ns: int
+    creator: int = 0
+    """Process that created an image which others must not see before it is closed; 0: all may."""
     name_length: int = 0
     name_field: bytes = b""
 
@@ -37,6 +40,11 @@ class Staged(NamedTuple):
     def name(self) -> bytes:
         """The name of an image that no needle has named yet."""
         return self.name_field[: self.name_length]
+
+    @property
+    def attributed(self) -> "Staged":
+        """The same, with extended attributes that wait."""
+        return self._replace(flags=self.flags | ATTRIBUTED)
 
     @property
     def dirty(self) -> bool:
@@ -132,6 +140,7 @@ class Staging:
 
     def end(self, number: int) -> None:
         """Forget entry *number* and free its bytes."""
+        self.drop_attributes(number)
         self._numbers.pop(self.entry(number).inode, None)
         at = STAGED_AT + STAGED_BYTES * number
         self._memory.map[at : at + 8] = bytes(8)
@@ -160,6 +169,35 @@ class Staging:
     def write(self, number: int, offset: int, data: Buffer) -> None:
         """Write *data* at *offset*; the caller updates the entry."""
         self._disk.write(self.file(number), offset, [data])
+
+    def attributes(self, number: int) -> bytes:
+        """Return the extended attributes that wait for entry *number*, as `set_attributes` got them."""
+        file = self._disk.open(self._attributes_path(number))
+        try:
+            return self._disk.read(file, 0, self._disk.size(file))
+        finally:
+            self._disk.close(file)
+
+    def set_attributes(self, number: int, data: bytes) -> None:
+        """Let the extended attributes *data* wait for entry *number*, once that is `attributed`."""
+        path = self._attributes_path(number)
+        file = self._disk.open(path + ".new", writable=True, create=True)
+        try:
+            self._disk.truncate(file, 0)
+            self._disk.write(file, 0, [data])
+        finally:
+            self._disk.close(file)
+        self._disk.rename(path + ".new", path)
+
+    def drop_attributes(self, number: int) -> None:
+        """Forget the extended attributes that wait for entry *number*, if any do."""
+        entry = self.entry(number)
+        if entry.flags & ATTRIBUTED:
+            self.update(number, entry._replace(flags=entry.flags & ~ATTRIBUTED))
+            self._disk.unlink(self._attributes_path(number))
+
+    def _attributes_path(self, number: int) -> str:
+        return f"{self._directory}/{number:04d}.xattrs"
 
     def truncate(self, number: int, size: int) -> None:
         """Cut or extend the file; the caller updates the entry."""

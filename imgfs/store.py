@@ -1,7 +1,8 @@
 """A store: a tree of images on disk, opened and closed, its images read and written through handles.
 
 Owns the life of a store in this process, and what open images mean. Synchronous; knows nothing of FUSE, and can be
-used as a library. Names are looked up in view.py and changed in tree.py.
+used as a library. Names are looked up in view.py and changed in tree.py,
+extended attributes are in xattrs.py.
 
 *Concurrency:* see view.py and tree.py. Handles and what is staged lie in shared memory and files, not here.
 """
@@ -25,13 +26,14 @@ from imgfs.requests import NOBODY, Request
 from imgfs.settings import Settings
 from imgfs.staging import DIRTY, Staged
 from imgfs.table import Record
-from imgfs.tree import Tree
+from imgfs.tree import PERMISSIONS
 from imgfs.view import Attr, Counts, Entry, Location, Space
+from imgfs.xattrs import Xattrs
 
-__all__ = ["ROOT", "Attr", "Counts", "Entry", "Location", "Space", "Store", "make_store"]
+__all__ = ["PERMISSIONS", "ROOT", "Attr", "Counts", "Entry", "Location", "Space", "Store", "make_store"]
 
 
-class Store(Tree):
+class Store(Xattrs):
     """An open store; make one with `Store.open`."""
 
     def __init__(
@@ -222,8 +224,12 @@ class Store(Tree):
             raise
         return handle
 
-    def create_image(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> tuple[int, int]:
+    def create_image(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, *, creator: int = 0
+    ) -> tuple[int, int]:
         """Make an empty image; return (inode, handle) to write it. It has its name at once, and a needle when flushed.
+
+        *creator* is the process that `creator` will tell of until then.
 
         Raises:
             Exists, NotFound, NotADirectory, NameTooLong, StoreFull, TooManyOpen: as the names say.
@@ -235,7 +241,7 @@ class Store(Tree):
             inode = self._new_inode()
             slot = slot_of(inode)
             owner = self._owner_index(uid, gid, mode)
-            staged = Staged(inode, DIRTY, owner, 0, now_ns, now_ns, len(name), name)
+            staged = Staged(inode, DIRTY, owner, 0, now_ns, now_ns, creator, len(name), name)
             number = self._staging.begin(staged)
             flags = Kind.FILE | Flag.STAGED | Flag.UNBORN
             value = self._table.hash(name) | inode >> 32 << 24
@@ -257,9 +263,16 @@ class Store(Tree):
 
         return self._locked(change)
 
+    def creator(self, inode: int) -> int:
+        """Return the process that created *inode*, if it said so and nothing of it was ever flushed; else 0. Stale."""
+        if not self._images.record(inode).flags & Flag.UNBORN:
+            return 0
+        staged = self._images.staged(inode)
+        return staged.creator if staged is not None else 0
+
     def read(self, handle: int, offset: int, size: int, *, nowait: bool = False) -> bytes | memoryview:
         """Return up to *size* bytes at *offset*. BadHandle, Damaged, WouldBlock."""
-        return self._images.read(handle, offset, size, nowait=nowait)
+        return self._images.read(self._handles.get(handle)[0], offset, size, nowait=nowait)
 
     def write(self, handle: int, offset: int, data: Buffer) -> int:
         """Write *data* at *offset* and return its length; readers see it, a crash forgets it until it is flushed.

@@ -13,14 +13,25 @@ from typing import NamedTuple
 
 from imgfs.buckets import Buckets, record_at
 from imgfs.errors import Damaged, StoreLimit
-from imgfs.format import ALIGNMENT, Kind, Needle, Tag, inode_of, name_hash, seconds, slot_of
+from imgfs.format import (
+    ALIGNMENT,
+    FLAG_BARE,
+    FLAG_LAST,
+    Kind,
+    Needle,
+    Tag,
+    inode_of,
+    name_hash,
+    seconds,
+    slot_of,
+)
+from imgfs.free_slots import FreeSlots
 from imgfs.layout import (
+    AT_CTIME,
     AT_FLAGS,
     AT_MTIME,
     AT_OWNER,
     AT_SUBDIRECTORIES,
-    LINK_BYTES,
-    LINKS_AT,
     OWNER,
     OWNERS_AT,
     OWNERS_MAX,
@@ -35,9 +46,9 @@ from imgfs.layout import (
     Word,
 )
 from imgfs.memory import Memory
+from imgfs.rare import NOTHING, Rare
 
 _U16 = struct.Struct("<H")
-_U32 = struct.Struct("<I")
 _TIMES = struct.Struct("<qI")  # mtime and ctime, next to each other in a record
 _KIND = int(Flag.KIND)
 # A freed slot that a handle still needs goes to the end of the queue; after so many a new slot is taken.
@@ -71,8 +82,13 @@ class Record(NamedTuple):
 
     @property
     def live(self) -> bool:
-        """Whether it has a name; the record of an unlinked image rests until its slot is needed."""
+        """Whether it has a name, or a link has; the record of an unlinked image rests until its slot is needed."""
         return self.flags & _KIND != 0 and not self.flags & Flag.DEAD
+
+    @property
+    def stale(self) -> bool:
+        """Whether it is a directory that changed since its last needle."""
+        return self.flags & (Flag.STALE_MTIME | _KIND) == Flag.STALE_MTIME | Kind.DIRECTORY
 
     @property
     def generation(self) -> int:
@@ -103,6 +119,8 @@ class Table:
         """*seed* is the store's, for the hashes of names."""
         self.memory = memory
         self.buckets = Buckets(memory)
+        self.rare = Rare(memory)
+        self._free = FreeSlots(memory)
         self._map = memory.map
         self._seed = seed
         self._owners: dict[tuple[int, int, int], int] = {}
@@ -128,6 +146,19 @@ class Table:
         if before & 1 or words[Word.COUNTER] != before:
             return self.memory.consistent(lambda: self.record(slot))
         return record
+
+    def target(self, slot: int, record: Record) -> int:
+        """Return the inode that the entry in *slot*, which has *record*, is a name of: a link's is another's."""
+        if record.flags & _KIND == Kind.LINK:
+            return inode_of(record.size - 1, record.owner)
+        return inode_of(slot, record.generation)
+
+    def names(self, slot: int, record: Record) -> int:
+        """Return how many names the inode in *slot*, which has *record* and is no directory, has."""
+        if record.flags & Flag.DEAD:
+            return 0
+        links = self.rare.get(slot, record.generation).links if record.flags & Flag.LINKED else 0
+        return links + (1 if record.parent else 0)
 
     def hash(self, name: bytes) -> int:
         """Return the 24-bit hash under which *name* is found."""
@@ -187,8 +218,8 @@ class Table:
                 record = self.record(slot)
                 return slot, (record.generation + 1) & 0xFF if record.flags else 0
             with self.memory.change():
-                self._take_free(slot)
-                self._push_free(slot)
+                self._free.take(slot)
+                self._free.push(slot)
         slot = words[Word.SLOTS]
         if slot >= SLOTS_MAX:
             raise StoreLimit(f"a store holds at most {SLOTS_MAX} images")
@@ -200,39 +231,7 @@ class Table:
         if slot >= words[Word.SLOTS]:
             self.memory.put_word(Word.SLOTS, slot + 1)
         elif not self.replaying:
-            self._take_free(slot)
-
-    def _next_free(self, slot: int) -> int:
-        following: int = _U32.unpack_from(self._map, LINKS_AT + LINK_BYTES * slot)[0]
-        return following
-
-    def _take_free(self, slot: int) -> None:
-        """Take *slot* out of the free queue; it is its head, but where a lost directory comes back."""
-        words = self.memory.words
-        previous, reference = 0, words[Word.FREE_HEAD]
-        while reference and reference != slot + 1:
-            previous, reference = reference, self._next_free(reference - 1)
-        if not reference:
-            return
-        following = self._next_free(slot)
-        if previous:
-            self.memory.put_u32(LINKS_AT + LINK_BYTES * (previous - 1), following)
-        else:
-            self.memory.put_word(Word.FREE_HEAD, following)
-        if not following:
-            self.memory.put_word(Word.FREE_TAIL, previous)
-        self.memory.put_word(Word.FREE_COUNT, words[Word.FREE_COUNT] - 1)
-
-    def _push_free(self, slot: int) -> None:
-        words = self.memory.words
-        self.memory.put_u32(LINKS_AT + LINK_BYTES * slot, 0)
-        tail = words[Word.FREE_TAIL]
-        if tail:
-            self.memory.put_u32(LINKS_AT + LINK_BYTES * (tail - 1), slot + 1)
-        else:
-            self.memory.put_word(Word.FREE_HEAD, slot + 1)
-        self.memory.put_word(Word.FREE_TAIL, slot + 1)
-        self.memory.put_word(Word.FREE_COUNT, words[Word.FREE_COUNT] + 1)
+            self._free.take(slot)
 
     # -- changing ---------------------------------------------------------------------------------------------
 
@@ -245,28 +244,36 @@ class Table:
         match needle.kind:
             case Kind.FILE | Kind.DIRECTORY | Kind.SYMLINK | Kind.SPECIAL:
                 self._put(needle, place)
+            case Kind.LINK:
+                if self._put(needle, place):
+                    self._count_link(needle.extra_u64(Tag.TARGET), 1, needle.ctime_ns)
             case Kind.DELETE:
-                self._delete(needle.inode, needle.ctime_ns)
+                self._drop_name(needle.inode, needle)
             case Kind.RENAME:
                 self._rename(needle, place)
             case Kind.ATTRIBUTES:
                 self._set_attributes(needle)
+            case Kind.XATTR:
+                self._set_xattrs(needle, place)
             case Kind.OWNER:
                 self.define_owner(needle.owner, needle.uid, needle.gid, needle.mode, place.volume)
 
-    def _put(self, needle: Needle, place: Place) -> None:
+    def _put(self, needle: Needle, place: Place) -> bool:
+        """Do what a put says; return whether it is about an inode that was not there."""
         slot, generation = slot_of(needle.inode), needle.inode >> 32
         parent = slot_of(needle.parent)
         old = self.record(slot)
-        value = self.hash(needle.name)
+        value = self.hash(needle.name) if needle.name else 0
         known = old.live and old.generation == generation
         if old.live and not known:
             self._delete(inode_of(slot, old.generation), needle.ctime_ns)
         moved = known and (old.parent - 1 != parent or old.hash_generation & 0xFF_FFFF != value)
         if moved and slot:
             self._unlink(slot, old)
-        flags = needle.kind | (old.flags & Flag.STAGED if known else 0)
-        volume, offset8, size = place.volume, place.offset // ALIGNMENT, needle.data_size
+        flags = needle.kind
+        if known and needle.kind != Kind.DIRECTORY:
+            flags |= old.flags & (Flag.STAGED | Flag.LINKED)
+        volume, offset8, size = place.volume, place.offset // ALIGNMENT, needle.record_size
         if needle.kind == Kind.DIRECTORY:
             # Its buckets live in these fields; a directory put again keeps its children.
             volume, offset8, size = (old.volume, old.offset8, old.size) if known else (0, 0, 0)
@@ -280,13 +287,14 @@ class Table:
             size,
             needle.mtime_ns,
             seconds(needle.ctime_ns),
-            needle.owner,
+            needle.record_owner,
             value | generation << 24,
         )
         if not known:
             self._take(slot)
+            self.rare.clear(slot)
         self.store(slot, record)
-        if known and old.flags & Flag.STALE_MTIME:
+        if known and old.stale:
             self._add_word(Word.STALE_DIRECTORIES, -1)
         if not known:
             self.count(needle.kind, 1)
@@ -298,14 +306,64 @@ class Table:
             self._link(slot, record)
             if not known:
                 self.touch(parent, needle.ctime_ns)
+        return not known
 
     def add_unborn(self, slot: int, record: Record, now_ns: int) -> None:
         """Put an image into the table that no needle has named yet; it is gone after a crash, as was promised."""
         self._take(slot)
+        self.rare.clear(slot)
         self.store(slot, record)
         self.count(record.kind, 1)
         self._link(slot, record)
         self.touch(record.parent - 1, now_ns)
+
+    def _drop_name(self, inode: int, needle: Needle) -> None:
+        """Take away the name that *inode* has of itself; *needle*, a delete or rename, says what else goes."""
+        if needle.flags & FLAG_BARE:
+            self._strip(inode, needle.ctime_ns)
+        else:
+            self._delete(inode, needle.ctime_ns)
+        target = needle.extra_u64(Tag.TARGET)
+        if needle.flags & FLAG_LAST:
+            self._delete(target, needle.ctime_ns)
+        elif target:
+            self._count_link(target, 0, needle.ctime_ns)
+
+    def _strip(self, inode: int, now_ns: int) -> None:
+        """Take away the own name of *inode*, which lives on under its links."""
+        slot = slot_of(inode)
+        record = self.record(slot)
+        if not record.live or record.generation != inode >> 32 or not record.parent:
+            return
+        self._unlink(slot, record)
+        self.touch(record.parent - 1, now_ns)
+        bare = record._replace(name_volume=0, parent=0, name_offset=0, hash_generation=record.generation << 24)
+        self.store(slot, bare._replace(ctime_s=seconds(now_ns)))
+
+    def _count_link(self, inode: int, by: int, now_ns: int) -> None:
+        """Note that *inode* got or lost a link at *now_ns*."""
+        slot = slot_of(inode)
+        record = self.record(slot)
+        if not record.live or record.generation != inode >> 32:
+            return
+        if by:
+            entry = self.rare.get(slot, record.generation)
+            links = max(0, entry.links + by)
+            self.rare.put(slot, record.generation, entry._replace(links=links))
+            self.set_flags(slot, record.flags & ~Flag.LINKED | (Flag.LINKED if links else 0))
+        self.memory.put_u32(record_at(slot) + AT_CTIME, seconds(now_ns))
+
+    def _set_xattrs(self, needle: Needle, place: Place) -> None:
+        slot, generation = slot_of(needle.inode), needle.inode >> 32
+        record = self.record(slot)
+        if not record.flags & _KIND or record.generation != generation:
+            return
+        entry = self.rare.get(slot, generation)
+        entry = entry._replace(volume=place.volume, offset8=place.offset // ALIGNMENT, size=needle.data_size)
+        if not needle.data_size:
+            entry = NOTHING._replace(links=entry.links)
+        self.rare.put(slot, generation, entry)
+        self.memory.put_u32(record_at(slot) + AT_CTIME, seconds(needle.ctime_ns))
 
     def _delete(self, inode: int, now_ns: int) -> None:
         slot = slot_of(inode)
@@ -316,11 +374,13 @@ class Table:
         self.touch(record.parent - 1, now_ns)
         flags = record.flags & ~Flag.STALE_MTIME | Flag.DEAD
         self.store(slot, record._replace(flags=flags, ctime_s=seconds(now_ns)))
-        if record.flags & Flag.STALE_MTIME:
+        if record.stale:
             self._add_word(Word.STALE_DIRECTORIES, -1)
+        if record.kind == Kind.LINK:
+            self._count_link(inode_of(record.size - 1, record.owner), -1, now_ns)
         self.count(record.kind, -1)
         if not self.replaying:
-            self._push_free(slot)
+            self._free.push(slot)
 
     def adopt(self, slot: int) -> None:
         """Make an orphan a child of the directory its record names, which is there again."""
@@ -335,7 +395,7 @@ class Table:
     def _rename(self, needle: Needle, place: Place) -> None:
         replaced = needle.extra_u64(Tag.REPLACED)
         if replaced:
-            self._delete(replaced, needle.ctime_ns)
+            self._drop_name(replaced, needle)
         record = self.record(slot_of(needle.inode))
         if record.live and record.generation == needle.inode >> 32:
             self.move(slot_of(needle.inode), slot_of(needle.parent), needle.name, place, needle.ctime_ns)
@@ -372,9 +432,8 @@ class Table:
         at = record_at(slot)
         self.memory.put(at + AT_MTIME, _TIMES.pack(mtime_ns, seconds(ctime_ns)))
         self.memory.put_u16(at + AT_OWNER, owner)
-        flags = self._map[at + AT_FLAGS]
-        if flags & Flag.STALE_MTIME:
-            self.memory.put(at + AT_FLAGS, bytes([flags & ~Flag.STALE_MTIME]))
+        if self.record(slot).stale:
+            self.set_flags(slot, self._map[at + AT_FLAGS] & ~Flag.STALE_MTIME)
             self._add_word(Word.STALE_DIRECTORIES, -1)
 
     def define_owner(self, index: int, uid: int, gid: int, mode: int, volume: int) -> None:
@@ -420,8 +479,9 @@ class Table:
             self._add_word(Word.STALE_DIRECTORIES, 1)
 
     def count(self, kind: int, by: int) -> None:
-        """Change the count of images, directories or links."""
-        self._add_word(_COUNTS[Kind(kind)], by)
+        """Change the count of images, directories or symbolic links; a further name counts as nothing."""
+        if kind != Kind.LINK:
+            self._add_word(_COUNTS[Kind(kind)], by)
 
     def _add_word(self, word: int, by: int) -> None:
         self.memory.put_word(word, self.memory.words[word] + by)

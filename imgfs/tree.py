@@ -9,15 +9,38 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from imgfs.disk import Buffer
-from imgfs.errors import Exists, InvalidArgument, IsADirectory, NameTooLong, NotEmpty, NotFound, TooLarge
-from imgfs.format import IMAGE_BYTES_MAX, SYMLINK_BYTES_MAX, Kind, Needle, Tag, inode_of, slot_of
+from imgfs.errors import (
+    Exists,
+    InvalidArgument,
+    IsADirectory,
+    NameTooLong,
+    NotEmpty,
+    NotFound,
+    TooLarge,
+    TooManyLinks,
+)
+from imgfs.format import (
+    FLAG_BARE,
+    FLAG_LAST,
+    IMAGE_BYTES_MAX,
+    SYMLINK_BYTES_MAX,
+    Kind,
+    Needle,
+    Tag,
+    inode_of,
+    slot_of,
+)
 from imgfs.layout import Flag, Word
-from imgfs.log import SMALL_BYTES
+from imgfs.log import SMALL_BYTES, Part
 from imgfs.opening import ROOT
 from imgfs.table import Record
 from imgfs.view import View
 
 T = TypeVar("T")
+
+PERMISSIONS = 0o7777
+# More names than any tool makes, fewer than the memory could count.
+LINKS_MAX = 1 << 20
 
 
 class Tree(View):
@@ -67,6 +90,51 @@ class Tree(View):
             raise NameTooLong(f"the target of a link has at most {SYMLINK_BYTES_MAX} bytes")
         return self._put(parent, name, Kind.SYMLINK, [target], len(target), 0o777, uid, gid, None)
 
+    def special(self, parent: int, name: bytes, mode: int, device: int, uid: int, gid: int) -> int:
+        """Make a pipe, socket or device, as the type bits of *mode* say, and return its inode. Errors as `mkdir`."""
+
+        def change(now_ns: int) -> int:
+            self._free_name(parent, name)
+            inode = self._new_inode()
+            needle = Needle(Kind.SPECIAL, inode, parent, name, 0, mode, uid, gid, mtime_ns=now_ns, ctime_ns=now_ns)
+            if device:
+                needle.extras[Tag.DEVICE] = device.to_bytes(4, "little")
+            self._images.writer().append(needle, [], answers=True)
+            return inode
+
+        return self._locked(change)
+
+    def link(self, inode: int, parent: int, name: bytes) -> None:
+        """Give *inode* a further name.
+
+        Raises:
+            IsADirectory: only what is no directory can have several.
+            TooManyLinks: it has 1,048,576 names.
+            Stale: it is gone.
+            Exists, NotFound, NotADirectory, NameTooLong, StoreFull: as `mkdir`.
+        """
+
+        def change(now_ns: int) -> None:
+            record = self._images.record(inode)
+            if record.kind == Kind.DIRECTORY:
+                raise IsADirectory("a directory has only one name")
+            self._free_name(parent, name)
+            if record.flags & Flag.DEAD:
+                raise NotFound("it has lost its last name")
+            if self._table.names(slot_of(inode), record) >= LINKS_MAX:
+                raise TooManyLinks(f"an image has at most {LINKS_MAX} names")
+            self._give_birth(inode, record)
+            extras: dict[int, bytes] = {Tag.TARGET: inode.to_bytes(8, "little")}
+            needle = Needle(Kind.LINK, self._new_inode(), parent, name, ctime_ns=now_ns, extras=extras)
+            self._images.writer().append(needle, [], answers=True)
+
+        self._locked(change)
+
+    def _give_birth(self, inode: int, record: Record) -> None:
+        """Make sure that a needle names *inode*: others are about to refer to it."""
+        if record.flags & Flag.UNBORN:
+            self._images.commit(inode)
+
     def put(
         self,
         parent: int,
@@ -103,18 +171,20 @@ class Tree(View):
             raise TooLarge("an image has at most 4 GiB - 1 bytes")
 
         def change(now_ns: int) -> int:
+            own = parent, name
             try:
                 self._free_name(parent, name)
                 inode = self._new_inode()
             except Exists:
                 if kind != Kind.FILE:
                     raise
-                inode = self._lookup(parent, name)
+                _, inode = self._lookup(parent, name)
                 old = self._images.record(inode)
                 if old.kind == Kind.DIRECTORY:
                     raise IsADirectory(f"{name!r} is a directory") from None
+                own = self._images.own_name(inode, old)
             time_ns = now_ns if mtime_ns is None else mtime_ns
-            needle = Needle(kind, inode, parent, name, size, mode, uid, gid, mtime_ns=time_ns, ctime_ns=now_ns)
+            needle = Needle(kind, inode, *own, size, mode, uid, gid, mtime_ns=time_ns, ctime_ns=now_ns)
             if size <= SMALL_BYTES:
                 buffers = [piece for piece in pieces if len(piece)]
                 if sum(map(len, buffers)) != size:
@@ -127,27 +197,38 @@ class Tree(View):
 
         return self._locked(change)
 
-    def _unlink(self, inode: int, now_ns: int) -> None:
-        """Take the name of *inode*, whatever it is, out of its directory."""
-        slot = slot_of(inode)
-        record = self._images.record(inode)
+    def _unlink(self, entry: int, inode: int, now_ns: int) -> None:
+        """Take the name *entry* of *inode*, whatever it is, out of its directory."""
+        record = self._images.record(entry)
         if record.flags & Flag.UNBORN:
             with self._memory.change():
-                self._table.delete_unborn(slot, now_ns)
+                self._table.delete_unborn(slot_of(entry), now_ns)
                 self._applied(inode)
         else:
-            needle = Needle(Kind.DELETE, inode, self.parent(inode), ctime_ns=now_ns)
+            flags, extras = self._farewell(entry, inode)
+            parent = inode_of(record.parent - 1, self._table.record(record.parent - 1).generation)
+            needle = Needle(Kind.DELETE, entry, parent, ctime_ns=now_ns, flags=flags, extras=extras)
             self._images.writer().append(needle, [], answers=True)
         self._images.end_staging(inode)
+
+    def _farewell(self, entry: int, inode: int) -> tuple[int, dict[int, bytes]]:
+        """Return the flags and extra fields of a needle that takes away the name *entry* of *inode*."""
+        record = self._images.record(inode)
+        if record.kind == Kind.DIRECTORY:
+            return 0, {}
+        names = self._table.names(slot_of(inode), record)
+        if entry != inode:
+            return FLAG_LAST if names == 1 else 0, {Tag.TARGET: inode.to_bytes(8, "little")}
+        return FLAG_BARE if names > 1 else 0, {}
 
     def unlink(self, parent: int, name: bytes) -> None:
         """Remove an image or a link; who has it open can go on reading. NotFound, IsADirectory."""
 
         def change(now_ns: int) -> None:
-            inode = self._lookup(parent, name)
+            entry, inode = self._lookup(parent, name)
             if self._images.record(inode).kind == Kind.DIRECTORY:
                 raise IsADirectory(f"{name!r} is a directory")
-            self._unlink(inode, now_ns)
+            self._unlink(entry, inode, now_ns)
 
         self._locked(change)
 
@@ -155,9 +236,9 @@ class Tree(View):
         """Remove an empty directory. NotFound, NotADirectory, NotEmpty."""
 
         def change(now_ns: int) -> None:
-            inode = self._lookup(parent, name)
+            _, inode = self._lookup(parent, name)
             self._check_empty(inode)
-            self._unlink(inode, now_ns)
+            self._unlink(inode, inode, now_ns)
 
         self._locked(change)
 
@@ -175,32 +256,61 @@ class Tree(View):
         """
 
         def change(now_ns: int) -> None:
-            inode = self._lookup(parent, name)
+            entry, inode = self._lookup(parent, name)
             record = self._images.record(inode)
             if self._directory(new_parent).flags & Flag.DEAD:
                 raise NotFound("the directory was removed")
             if record.kind == Kind.DIRECTORY:
                 self._check_not_inside(new_parent, inode)
-            extras: dict[int, bytes] = {Tag.OLD_PARENT: parent.to_bytes(8, "little")}
+            flags = 0
+            extras: dict[int, bytes] = {}
             try:
-                target = self._lookup(new_parent, new_name)
+                replaced, target = self._lookup(new_parent, new_name)
             except NotFound:
                 target = 0
             if target:
                 if not replace:
                     raise Exists(f"{new_name!r} is there already")
                 if target == inode:
-                    return
+                    return  # two names of one image stay, as rename(2) says
                 self._check_replaceable(record, target)
-                extras[Tag.REPLACED] = target.to_bytes(8, "little")
-            if record.flags & Flag.UNBORN:
-                self._images.commit(inode)
-            if target and self._images.record(target).flags & Flag.UNBORN:
-                self._images.commit(target)
-            needle = Needle(Kind.RENAME, inode, new_parent, new_name, ctime_ns=now_ns, extras=extras)
+                self._give_birth(target, self._images.record(target))
+                flags, extras = self._farewell(replaced, target)
+                extras[Tag.REPLACED] = replaced.to_bytes(8, "little")
+            self._give_birth(inode, record)
+            extras[Tag.OLD_PARENT] = parent.to_bytes(8, "little")
+            needle = Needle(Kind.RENAME, entry, new_parent, new_name, ctime_ns=now_ns, flags=flags, extras=extras)
             self._images.writer().append(needle, [], answers=True)
             if target:
                 self._images.end_staging(target)
+
+        self._locked(change)
+
+    def exchange(self, parent: int, name: bytes, other_parent: int, other_name: bytes) -> None:
+        """Let two entries swap their names, in one step, as renameat2(2) with RENAME_EXCHANGE.
+
+        Raises:
+            NotFound, NotADirectory, NameTooLong: as the names say.
+            InvalidArgument: one of them lies in the other.
+        """
+
+        def change(now_ns: int) -> None:
+            needles = []
+            pairs = [(parent, name), (other_parent, other_name)]
+            (first, inode), (second, other) = (self._lookup(*pair) for pair in pairs)
+            if inode == other:
+                return
+            for entry, target, old, (new_parent, new_name) in (
+                (first, inode, parent, pairs[1]),
+                (second, other, other_parent, pairs[0]),
+            ):
+                record = self._images.record(target)
+                if record.kind == Kind.DIRECTORY:
+                    self._check_not_inside(new_parent, target)
+                self._give_birth(target, record)
+                extras: dict[int, bytes] = {Tag.OLD_PARENT: old.to_bytes(8, "little")}
+                needles.append(Needle(Kind.RENAME, entry, new_parent, new_name, ctime_ns=now_ns, extras=extras))
+            self._images.writer().append(needles[0], [], second=Part(needles[1]), answers=True)
 
         self._locked(change)
 
@@ -238,7 +348,7 @@ class Tree(View):
             owner = (
                 attr.uid if uid is None else uid,
                 attr.gid if gid is None else gid,
-                attr.mode if mode is None else mode,
+                attr.mode if mode is None else attr.mode & ~PERMISSIONS | mode,
             )
             record = self._images.record(inode)
             staged = self._images.staged(inode)

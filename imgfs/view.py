@@ -15,7 +15,7 @@ from imgfs.format import ALIGNMENT, NAME_BYTES_MAX, Kind, footer_bytes, inode_of
 from imgfs.handles import Handles
 from imgfs.images import Images
 from imgfs.layout import SLOTS_MAX, SUBDIRECTORIES_MANY, Flag, Word
-from imgfs.load import live_bytes
+from imgfs.load import links_of, live_bytes
 from imgfs.opening import ROOT, STAGING, Opened
 from imgfs.requests import Requests
 from imgfs.staging import Staging
@@ -31,7 +31,7 @@ class Attr(NamedTuple):
 
     inode: int
     kind: Kind
-    mode: int  # permission bits
+    mode: int  # permission bits; of a special file also those of its type
     uid: int
     gid: int
     nlink: int
@@ -39,6 +39,7 @@ class Attr(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     blocks: int  # of 512 bytes
+    device: int  # number of a device, as makedev(3) makes it, 32 bits
 
 
 class Entry(NamedTuple):
@@ -107,15 +108,17 @@ class View:
             NotFound, NotADirectory, NameTooLong, Stale: as the names say.
             WouldBlock: *nowait* is set and the name is not in memory.
         """
-        return self._memory.consistent(lambda: self._lookup(parent, name, nowait=nowait))
+        return self._memory.consistent(lambda: self._lookup(parent, name, nowait=nowait)[1])
 
-    def _lookup(self, parent: int, name: bytes, *, nowait: bool = False) -> int:
+    def _lookup(self, parent: int, name: bytes, *, nowait: bool = False) -> tuple[int, int]:
+        """Return (inode of the entry, inode it names): the same, unless it is a link."""
         self._directory(parent)
         check_name(name)
         for slot in self._table.buckets.find(slot_of(parent), self._table.hash(name)):
             record = self._table.record(slot)
             if self._name(slot, record, nowait=nowait) == name:
-                return inode_of(slot, record.generation)
+                entry = inode_of(slot, record.generation)
+                return entry, self._table.target(slot, record) if record.kind == Kind.LINK else entry
         raise NotFound(f"no entry {name!r}")
 
     def _directory(self, inode: int) -> Record:
@@ -139,7 +142,9 @@ class View:
         record = self._images.record(inode)
         owner, size, mtime_ns, ctime_ns = record.owner, record.size, record.mtime_ns, record.ctime_s * _SECOND_NS
         kind = Kind(record.kind)
-        nlink = 0 if record.flags & Flag.DEAD else 1
+        nlink, device = 0 if record.flags & Flag.DEAD else 1, 0
+        if record.flags & Flag.LINKED and kind != Kind.DIRECTORY:
+            nlink = self._memory.consistent(lambda: self._table.names(slot_of(inode), record))
         if record.flags & Flag.STAGED:
             staged = self._images.staged(inode)
             if staged is not None and staged.dirty:
@@ -149,8 +154,10 @@ class View:
             size = 0
             if nlink:
                 nlink = 1 if record.volume == SUBDIRECTORIES_MANY else 2 + record.volume
+        elif kind == Kind.SPECIAL:
+            size, device = 0, size
         uid, gid, mode = self._table.owner(owner)
-        return Attr(inode, kind, mode, uid, gid, nlink, size, mtime_ns, ctime_ns, -(-size // 512))
+        return Attr(inode, kind, mode, uid, gid, nlink, size, mtime_ns, ctime_ns, -(-size // 512), device)
 
     def list(self, directory: int, after: int = 0, *, nowait: bool = False) -> Iterator[Entry]:
         """Yield the entries of *directory* whose key is above *after*, in order of their keys.
@@ -175,17 +182,25 @@ class View:
         rows = []
         for key, slot in self._table.buckets.after(slot_of(directory), after):
             child = self._table.record(slot)
-            rows.append(Entry(key, inode_of(slot, child.generation), self._name(slot, child, nowait=nowait)))
+            rows.append(Entry(key, self._table.target(slot, child), self._name(slot, child, nowait=nowait)))
         return rows
 
     def parent(self, inode: int) -> int:
-        """Return the directory that *inode* lies in; the root lies in itself."""
-        record = self._images.record(inode)
+        """Return the directory that *inode* lies in, of several one; the root lies in itself."""
+        _, record = self._naming(inode)
         return inode_of(record.parent - 1, self._table.whole_record(record.parent - 1).generation)
 
     def name(self, inode: int) -> bytes:
-        """Return the name of *inode* in its directory."""
-        return self._memory.consistent(lambda: self._name(slot_of(inode), self._images.record(inode)))
+        """Return the name of *inode* in that directory."""
+        return self._memory.consistent(lambda: self._name(*self._naming(inode)))
+
+    def _naming(self, inode: int) -> tuple[int, Record]:
+        """Return slot and record of what names *inode*: its own, or a link's if only links are left."""
+        slot, record = slot_of(inode), self._images.record(inode)
+        if not record.parent:
+            for link in links_of(self._memory, slot):
+                return link, self._table.whole_record(link)
+        return slot, record
 
     def readlink(self, inode: int, *, nowait: bool = False) -> bytes:
         """Return the target of a symbolic link.

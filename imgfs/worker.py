@@ -15,7 +15,7 @@ import trio
 from imgfs.board import Board
 from imgfs.desk import Desk, at_desk
 from imgfs.device import Device
-from imgfs.fs import Filesystem
+from imgfs.fs import Filesystem, Manner
 from imgfs.gate import Gate
 from imgfs.store import Store
 
@@ -32,7 +32,7 @@ class Common(NamedTuple):
     device: Device
     gate: int
     board: Board
-    timeout_s: float
+    manner: Manner
 
 
 def work(number: int, common: Common) -> None:
@@ -41,7 +41,7 @@ def work(number: int, common: Common) -> None:
     store.after_fork()
     desk = Desk(number, common.device, Gate(common.gate), common.board, store.requests)
     desk.install()
-    filesystem = at_desk(desk, Filesystem(store, desk, timeout_s=common.timeout_s))
+    filesystem = at_desk(desk, Filesystem(store, desk, common.manner))
     pyfuse3.init(filesystem, desk.session_path, {"default_permissions"})
     trio.run(_serve, common.board, number)
 

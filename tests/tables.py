@@ -7,16 +7,21 @@ Owns the numbering of needles, places and slots. Must not know files.
 
 import os
 import struct
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from imgfs.buckets import bucket_count, region_class
-from imgfs.format import NEEDLES_START, Kind, Needle, Tag, inode_of
+from imgfs.format import FLAG_BARE, FLAG_LAST, NEEDLES_START, Kind, Needle, Tag, inode_of, slot_of
 from imgfs.layout import (
     ARENA_AT,
     ARENA_UNIT,
     LINK_BYTES,
     LINKS_AT,
+    RARE,
+    RARE_AT,
+    RARE_HEADS_AT,
     RECORD_BYTES,
     RECORDS_AT,
     WORDS,
@@ -81,12 +86,36 @@ class Writer:
         self.append(Needle(kind, inode, parent, name, size, owner=owner, mtime_ns=self.now_ns + 1))
         return inode
 
+    def link(self, inode: int, parent: int, name: bytes) -> int:
+        """Give *inode* a further name; return the inode of that entry."""
+        extras: dict[int, bytes] = {Tag.TARGET: inode.to_bytes(8, "little")}
+        return self.append(Needle(Kind.LINK, self.new_inode(), parent, name, extras=extras)).inode
+
+    def set_xattrs(self, inode: int, size: int) -> None:
+        """Append *size* bytes of extended attributes."""
+        self.append(Needle(Kind.XATTR, inode, data_size=size))
+
+    def _farewell(self, entry: int) -> tuple[int, dict[int, bytes]]:
+        """Return what the needle says that takes *entry* away, as the store finds out."""
+        table, slot = self.table, slot_of(entry)
+        record = table.record(slot)
+        if record.kind == Kind.DIRECTORY:
+            return 0, {}
+        target = table.target(slot, record)
+        names = table.names(slot_of(target), table.record(slot_of(target)))
+        if target != entry:
+            return FLAG_LAST if names == 1 else 0, {Tag.TARGET: target.to_bytes(8, "little")}
+        return FLAG_BARE if names > 1 else 0, {}
+
     def delete(self, inode: int) -> None:
-        self.append(Needle(Kind.DELETE, inode))
+        flags, extras = self._farewell(inode)
+        self.append(Needle(Kind.DELETE, inode, flags=flags, extras=extras))
 
     def rename(self, inode: int, parent: int, name: bytes, replaced: int = 0) -> None:
-        extras: dict[int, bytes] = {Tag.REPLACED: replaced.to_bytes(8, "little")} if replaced else {}
-        self.append(Needle(Kind.RENAME, inode, parent, name, extras=extras))
+        flags, extras = self._farewell(replaced) if replaced else (0, {})
+        if replaced:
+            extras[Tag.REPLACED] = replaced.to_bytes(8, "little")
+        self.append(Needle(Kind.RENAME, inode, parent, name, flags=flags, extras=extras))
 
     def set_attributes(self, inode: int, owner: int, mtime_ns: int) -> None:
         self.append(Needle(Kind.ATTRIBUTES, inode, owner=owner, mtime_ns=mtime_ns))
@@ -95,7 +124,7 @@ class Writer:
         """Give each directory that changed by implication a needle of its own, as before a checkpoint."""
         for slot in range(self.table.memory.words[Word.SLOTS]):
             record = self.table.record(slot)
-            if record.flags & Flag.STALE_MTIME:
+            if record.live and record.stale:
                 needle = Needle(Kind.ATTRIBUTES, inode_of(slot, record.generation), owner=record.owner)
                 needle.mtime_ns, needle.ctime_ns = record.mtime_ns, record.ctime_s * SECOND_NS
                 self.append(needle)
@@ -187,8 +216,8 @@ def check(table: Table, seen: Dump) -> None:
     kinds = [seen.records[slot].kind for slot in live]
     assert words[Word.DIRECTORIES] == kinds.count(Kind.DIRECTORY)
     assert words[Word.SYMLINKS] == kinds.count(Kind.SYMLINK)
-    assert words[Word.FILES] == len(kinds) - words[Word.DIRECTORIES] - words[Word.SYMLINKS]
-    stale = sum(bool(record.flags & Flag.STALE_MTIME) for record in seen.records)
+    assert words[Word.FILES] == kinds.count(Kind.FILE) + kinds.count(Kind.SPECIAL)
+    stale = sum(record.stale for record in seen.records)
     assert words[Word.STALE_DIRECTORIES] == stale
     listed = seen.listings
     for slot, rows in listed.items():
@@ -197,7 +226,9 @@ def check(table: Table, seen: Dump) -> None:
         directories = [child for _, child in rows if seen.records[child].kind == Kind.DIRECTORY]
         assert table.subdirectories(slot) == len(directories)
     everywhere = sorted(child for rows in listed.values() for _, child in rows)
-    assert everywhere == [slot for slot in live if slot], "each name is in one directory"
+    named = [slot for slot in live if slot and seen.records[slot].parent]
+    assert everywhere == named, "each name is in one directory"
+    check_rare(table, seen.records)
     assert all(seen.records[child].parent == slot + 1 for slot, rows in listed.items() for _, child in rows)
     assert all(slot in found for slot, found in seen.found.items())
     assert sorted(seen.free) == [slot for slot in range(len(seen.records)) if slot not in set(live)]
@@ -214,10 +245,34 @@ def check(table: Table, seen: Dump) -> None:
     assert end == words[Word.ARENA_END]
 
 
+def check_rare(table: Table, records: Sequence[Record]) -> None:
+    """Make sure that links are counted, that who has no name of its own has links, and that no entry is lost."""
+    links = Counter(record.size - 1 for record in records if record.live and record.kind == Kind.LINK)
+    for slot, record in enumerate(records):
+        if record.live and record.kind not in (Kind.DIRECTORY, Kind.LINK):
+            entry = table.rare.get(slot, record.generation)
+            assert entry.links == links[slot]
+            assert not links[slot] or record.flags & Flag.LINKED
+            assert links[slot] or record.parent, f"nothing names slot {slot}"
+    words = table.memory.words
+    chained = 0
+    for head in range(len(records)):
+        (reference,) = _U32.unpack_from(table.memory.map, RARE_HEADS_AT + 4 * head)
+        while reference:
+            chained += 1
+            (reference,) = _U32.unpack_from(table.memory.map, RARE_AT + RARE.size * (reference - 1))
+    free, reference = 0, words[Word.RARE_FREE]
+    while reference:
+        free += 1
+        (reference,) = _U32.unpack_from(table.memory.map, RARE_AT + RARE.size * (reference - 1))
+    assert (chained, free) == (words[Word.RARE_COUNT], words[Word.RARE_ENTRIES] - words[Word.RARE_COUNT])
+
+
 def raw(table: Table) -> bytes:
     """Return the bytes of all words, records and links, but for the counter and the journal."""
     memory, slots = table.memory, table.memory.words[Word.SLOTS] + 8
     words = bytearray(memory.map[WORDS_AT : WORDS_AT + 8 * WORDS])
     words[8 * Word.COUNTER : 8 * Word.JOURNAL + 8] = bytes(16)
     records = memory.map[RECORDS_AT : RECORDS_AT + RECORD_BYTES * slots]
-    return bytes(words) + records + memory.map[LINKS_AT : LINKS_AT + LINK_BYTES * slots]
+    rare = memory.map[RARE_AT : RARE_AT + RARE.size * 64] + memory.map[RARE_HEADS_AT : RARE_HEADS_AT + 4 * slots]
+    return bytes(words) + rare + records + memory.map[LINKS_AT : LINKS_AT + LINK_BYTES * slots]

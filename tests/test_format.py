@@ -30,7 +30,6 @@ from imgfs.format import (
     Kind,
     Needle,
     PreviousEnd,
-    Superblock,
     Tag,
     VolumeHeader,
     aligned,
@@ -41,16 +40,15 @@ from imgfs.format import (
     pack_extras,
     pack_footer,
     pack_needle_header,
-    pack_superblock,
     pack_volume_header,
     seconds,
     slot_of,
     unpack_extras,
     unpack_footer,
     unpack_needle_header,
-    unpack_superblock,
     unpack_volume_header,
 )
+from imgfs.superblock import Superblock, pack_superblock, unpack_superblock
 
 
 def unsigned(bits: int) -> st.SearchStrategy[int]:
@@ -117,6 +115,8 @@ def test_numbers_on_disk_do_not_change() -> None:
         "OLD_PARENT": 3,
         "REPLACED": 4,
         "CHECKPOINT": 5,
+        "TARGET": 6,
+        "DEVICE": 7,
     }
 
 

@@ -13,8 +13,16 @@ import pytest
 
 from imgfs import format as disk_format
 from imgfs import layout, load
-from imgfs.format import IndexState, Kind, Needle, PreviousEnd, Tag, VolumeHeader, new_superblock, pack_superblock
+from imgfs.format import (
+    IndexState,
+    Kind,
+    Needle,
+    PreviousEnd,
+    Tag,
+    VolumeHeader,
+)
 from imgfs.staging import Staged
+from imgfs.superblock import new_superblock, pack_superblock
 from imgfs.table import Record
 
 LINES = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8").splitlines()

@@ -27,6 +27,7 @@ class History:
         self.entries: dict[int, dict[bytes, int]] = {ROOT: {}}  # directory -> name -> inode
         self.kinds: dict[int, Kind] = {ROOT: Kind.DIRECTORY}
         self.parents: dict[int, tuple[int, bytes]] = {}
+        self.targets: dict[int, int] = {}  # of links
         self._defined: set[int] = set()
         self._begin_volume()
         self.writer.append(Needle(Kind.DIRECTORY, ROOT, ROOT, owner=self._owner(0), mtime_ns=1))
@@ -58,7 +59,7 @@ class History:
     def _forget(self, inode: int) -> None:
         parent, name = self.parents.pop(inode)
         del self.entries[parent][name]
-        del self.kinds[inode]
+        self.targets.pop(inode, None)
         self.entries.pop(inode, None)
 
     def make(self, kind: Kind, where: int, name: int, owner: int) -> None:
@@ -73,9 +74,23 @@ class History:
 
     def overwrite(self, number: int, owner: int) -> None:
         inode, owner = self._entry(number), self._owner(owner % len(OWNERS))
+        inode = self.targets.get(inode, inode)
         if inode and self.kinds[inode] != Kind.DIRECTORY:
-            parent, name = self.parents[inode]
+            parent, name = self.parents.get(inode, (0, b""))  # none of its own is left, perhaps
             self.writer.put(inode, parent, name, self.kinds[inode], number, owner)
+
+    def link(self, number: int, where: int, name: int) -> None:
+        inode, directory = self._entry(number), self._directory(where)
+        if inode and self.kinds[inode] != Kind.DIRECTORY and NAMES[name] not in self.entries[directory]:
+            target = self.targets.get(inode, inode)
+            entry = self.writer.link(target, directory, NAMES[name])
+            self.entries[directory][NAMES[name]], self.kinds[entry] = entry, self.kinds[inode]
+            self.parents[entry], self.targets[entry] = (directory, NAMES[name]), target
+
+    def set_xattrs(self, number: int, size: int) -> None:
+        inode = self._entry(number)
+        if inode:
+            self.writer.set_xattrs(self.targets.get(inode, inode), size)
 
     def delete(self, number: int) -> None:
         inode = self._entry(number)
@@ -89,11 +104,12 @@ class History:
         while above not in (ROOT, inode):
             above = self.parents[above][0]
         target = self.entries[directory].get(NAMES[name], 0)
-        if not inode or above == inode or target == inode or self.entries.get(target):
+        same = self.targets.get(inode, inode) == self.targets.get(target, target)
+        if not inode or above == inode or same or self.entries.get(target):
+            return
+        if target and (self.kinds[inode] == Kind.DIRECTORY) != (self.kinds[target] == Kind.DIRECTORY):
             return
         if target:
-            if (self.kinds[inode] == Kind.DIRECTORY) != (self.kinds[target] == Kind.DIRECTORY):
-                return
             self._forget(target)
         old_parent, old_name = self.parents[inode]
         del self.entries[old_parent][old_name]
@@ -103,7 +119,7 @@ class History:
 
     def set_attributes(self, number: int, owner: int) -> None:
         inode = self._entry(number) or ROOT
-        self.writer.set_attributes(inode, self._owner(owner % len(OWNERS)), number * SECOND_NS)
+        self.writer.set_attributes(self.targets.get(inode, inode), self._owner(owner % len(OWNERS)), number * SECOND_NS)
 
     def roll(self) -> None:
         """Begin another volume, as the log does."""
@@ -147,6 +163,7 @@ def observable(table: Table) -> dict[str, Any]:
         "free": sorted(seen.free),
         "owners": [(table.owner(index), table.owner_volume(index)) for index in range(words[Word.OWNERS])],
         "counts": [words[word] for word in (Word.SLOTS, Word.FILES, Word.DIRECTORIES, Word.SYMLINKS, Word.VOLUMES)],
+        "rare": {slot: table.rare.get(slot, row.generation) for slot, row in live.items()},
         "live bytes": [list(column) for column in live_bytes(table.memory)],
     }
 
@@ -166,6 +183,8 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("delete"), NUMBERS),
     st.tuples(st.just("rename"), NUMBERS, st.integers(0, 5), st.integers(0, 29)),
     st.tuples(st.just("set_attributes"), NUMBERS, OWNER_NUMBERS),
+    st.tuples(st.just("link"), NUMBERS, st.integers(0, 5), st.integers(0, 29)),
+    st.tuples(st.just("set_xattrs"), NUMBERS, st.sampled_from([0, 0, 8, 100])),
     st.tuples(st.just("roll")),
 )
 # A directory that grows past several buckets, and shrinks again.
@@ -174,10 +193,18 @@ CROWD = [("make", Kind.DIRECTORY, 0, 0, 0), *(("make", Kind.FILE, 1, name, 1) fo
 RENAMED = [("make", Kind.FILE, 0, 1, 0), ("rename", 0, 0, 2)]
 
 
+LINKED = [("make", Kind.FILE, 0, 1, 0), ("link", 0, 0, 2), ("link", 0, 0, 3)]
+
+
 @settings(max_examples=250, deadline=None)
 @given(rest=st.integers(0, 3), operations=st.lists(OPERATIONS, min_size=1, max_size=80), crowd=st.booleans())
 @example(rest=0, crowd=False, operations=[("make", Kind.FILE, 0, 1, 0), ("set_attributes", 0, 1), ("rename", 0, 0, 2)])
 @example(rest=0, crowd=True, operations=[("delete", 5)] * 25)
+@example(rest=0, crowd=False, operations=[*LINKED, ("delete", 2)])
+@example(rest=0, crowd=False, operations=[*LINKED, ("delete", 0), ("overwrite", 1, 0), ("delete", 0), ("delete", 0)])
+@example(rest=0, crowd=False, operations=[*LINKED, ("roll",), ("delete", 0), ("roll",), ("delete", 1), ("delete", 0)])
+@example(rest=0, crowd=False, operations=[*LINKED, ("set_xattrs", 1, 8), ("delete", 0), ("roll",), ("rename", 1, 0, 4)])
+@example(rest=0, crowd=False, operations=[*LINKED, ("make", Kind.FILE, 0, 9, 0), ("roll",), ("rename", 3, 0, 1)])
 @example(rest=0, crowd=False, operations=[*RENAMED, ("overwrite", 0, 0)])
 @example(rest=0, crowd=False, operations=[*RENAMED, ("delete", 0), ("make", Kind.FILE, 0, 3, 0)])
 @example(rest=0, crowd=False, operations=[*RENAMED, ("set_attributes", 0, 1), ("roll",), ("delete", 0), *RENAMED])

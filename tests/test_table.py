@@ -269,7 +269,7 @@ def test_owners_and_volumes_may_run_out(table: Table, monkeypatch: pytest.Monkey
         Needle(Kind.ATTRIBUTES, inode_of(1, 1), owner=3, mtime_ns=1),
         Needle(Kind.ATTRIBUTES, inode_of(7, 0), owner=3, mtime_ns=1),
         Needle(Kind.CHECKPOINT, 0),
-        Needle(Kind.XATTR, 2),
+        Needle(Kind.XATTR, inode_of(1, 1), data_size=8),
     ],
     ids=lambda needle: f"{Kind(needle.kind).name} {needle.inode:#x}",
 )
