@@ -158,8 +158,10 @@ class Images:
             if record.flags & (Flag.STAGED | Flag.UNBORN):
                 number = self._staging.find(inode)
                 if number >= 0:
-                    staged = self._staging.read(number, offset, size, nowait=nowait)
-                    if self._staging.entry(number).inode == inode:  # else the entry was ended, and begun for another
+                    entry = self._staging.look(number)
+                    staged = self._staging.read(number, offset, min(size, entry.size - offset), nowait=nowait)
+                    # Else it was written to meanwhile, or ended, and perhaps begun anew.
+                    if self._staging.look(number) == entry and entry.inode == inode:
                         return staged
                 elif self.record(inode) == record:
                     raise Stale(f"inode {inode:#x} was never closed, and is gone")
@@ -248,7 +250,7 @@ class Images:
         now = self.writer().now_ns()
         size = 0 if empty else record.size
         self.writer().check_room(size)
-        entry = Staged(inode, 0, record.owner, size, record.mtime_ns, now)
+        entry = Staged(inode, DIRTY if empty else 0, record.owner, size, record.mtime_ns, now)
         number = self._staging.begin(entry, self._pieces(inode, record) if size else ())
         self._set_staged(inode, on=True)
         return number
@@ -266,7 +268,7 @@ class Images:
     def staged(self, inode: int) -> Staged | None:
         """Return what is staged of *inode*, None if it is not being written."""
         number = self._staging.find(inode)
-        entry = self._staging.entry(number) if number >= 0 else None
+        entry = self._staging.look(number) if number >= 0 else None
         return entry if entry is not None and entry.inode == inode else None
 
     def write(self, handle: int, offset: int, data: Buffer) -> int:
@@ -286,6 +288,9 @@ class Images:
             try:
                 log.check_room(len(data))
                 number = self.stage(inode)
+                size = self._staging.entry(number).size
+                if offset > size:
+                    self._staging.truncate(number, size)  # a killed writer may have left bytes behind the end
                 self._staging.write(number, offset, data)
             except OSError as error:
                 self._spoil(inode)
@@ -293,7 +298,7 @@ class Images:
             except StoreFull:
                 self._spoil(inode)
                 raise
-            self._dirty(number, max(self._staging.entry(number).size, end))
+            self._dirty(number, max(size, end))
         return len(data)
 
     def truncate(self, inode: int, size: int) -> None:
@@ -304,11 +309,13 @@ class Images:
         old = self._staging.entry(number).size
         if size > old:
             self.writer().check_room(size - old)
-        self._staging.truncate(number, size)
-        if not size:
-            entry = self._staging.entry(number)
-            self._staging.update(number, entry._replace(flags=entry.flags & ~SPOILED))
-        self._dirty(number, size)
+            self._staging.truncate(number, old)  # as in `write`
+            self._staging.truncate(number, size)
+            self._dirty(number, size)
+        else:
+            # The entry first: a file that is longer than its entry says is harmless, a shorter one lacks bytes.
+            self._dirty(number, size)
+            self._staging.truncate(number, size)
 
     def _spoil(self, inode: int) -> None:
         """Keep what lacks a write from becoming the image: whoever ignores the error must not lose the old one."""
@@ -320,8 +327,8 @@ class Images:
     def _dirty(self, number: int, size: int) -> None:
         now = self.writer().now_ns()
         entry = self._staging.entry(number)
-        changed = entry._replace(flags=entry.flags | DIRTY, size=size, mtime_ns=now, ctime_ns=now)
-        self._staging.update(number, changed)
+        flags = entry.flags | DIRTY if size else (entry.flags | DIRTY) & ~SPOILED
+        self._staging.update(number, entry._replace(flags=flags, size=size, mtime_ns=now, ctime_ns=now))
 
     def set_staged(self, inode: int, *, owner: int | None = None, mtime_ns: int | None = None) -> None:
         """Within the lock: change what the needle of a dirty image will say."""
@@ -374,7 +381,7 @@ class Images:
             ctime_ns=entry.ctime_ns,
         )
         second = None
-        if entry.flags & ATTRIBUTED and record.flags & Flag.UNBORN:
+        if entry.flags & ATTRIBUTED:
             attributes = self._staging.attributes(number)
             second = Part(Needle(Kind.XATTR, inode, data_size=len(attributes)), [attributes], None)
         if entry.size <= SMALL_BYTES:
@@ -385,7 +392,6 @@ class Images:
         else:
             pieces = self._staged_pieces(number, entry.size)
             self.writer().append(needle, [], large=pieces, second=second, staged=number)
-        self._staging.drop_attributes(number)
 
     def waiting_attributes(self, inode: int) -> bytes:
         """Return the packed extended attributes that wait for the first needle of *inode*."""

@@ -1,33 +1,21 @@
-"""The end of the log: appends needles to the active volume, their records to its index, and both to the table.
+"""The log: appends needles to the active volume, seals it when it is full and begins the next, makes it durable.
 
-Owns the active volume, its index files, sequence numbers, checkpoints, sealing and rolling. Must not know open
-images or what a caller wants; a needle comes in, and lies on disk and in the table when `append` returns.
+Owns sequence numbers, owner needles, checkpoints, sealing and rolling. Must not know open images or what a caller
+wants; a needle comes in, and lies on disk and in the table when `append` returns (active.py).
 
-Order of an append (docs/crash.md): needle, name, index record, table. The needle is the commit point: whoever takes
-the lock after a writer was killed finishes what has got so far (`carry_on`).
-
-*Concurrency:* everything under `Memory.lock` but the wait for the disk in `sync`. Which volume is active is said in
-shared memory; each process opens its files when it finds that it moved.
+*Concurrency:* everything under `Memory.lock` but the wait for the disk in `sync`.
 """
 
 import os
-import struct
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
-from crc32c import crc32c
-
+from imgfs.active import Active, Part
 from imgfs.disk import Buffer, Disk
-from imgfs.errors import Damaged, DiskFailure, StoreFull, disk_error
+from imgfs.errors import Damaged, StoreFull
 from imgfs.format import (
     FLAG_PAIR,
-    FLAG_SEAL,
-    INDEX_RECORD_BYTES,
     NAMES_BYTES_LIMIT,
-    NEEDLE_HEADER_BYTES_MAX,
     NEEDLES_START,
     OWNED_KINDS,
     PUT_KINDS,
@@ -41,15 +29,17 @@ from imgfs.format import (
     aligned,
     inode_of,
 )
-from imgfs.index import checkpoint, empty_state, index_paths, names_a_name, names_header, pack_name, pack_record
-from imgfs.layout import VOLUME_SEALED, WORDS_AT, Word, appended_for, appending
+from imgfs.index import checkpoint, empty_state, index_paths, names_header
+from imgfs.layout import VOLUME_SEALED, Word
 from imgfs.load import stale_directories
-from imgfs.requests import Requests
+from imgfs.requests import NOBODY
 from imgfs.settings import MIB, Settings
 from imgfs.superblock import Superblock
 from imgfs.table import Place, Table, VolumeEntry
 from imgfs.volume import Volume
 from imgfs.volumes import volume_path
+
+__all__ = ["SMALL_BYTES", "Log", "Part"]
 
 # XFS allocates a large volume in extents of this size, so that a scan reads it in long runs.
 _EXTENT_BYTES = 16 * MIB
@@ -59,108 +49,15 @@ _END_BYTES = 64 * MIB
 _ROLL_BYTES = 4096
 # Data up to this size is written in one call with its header and footer.
 SMALL_BYTES = 1 * MIB
-_NO_DATA = Checksums(0, ())
-# The words from ACTIVE_END to APPENDING, which every append moves on.
-_PROGRESS = struct.Struct("<6Q")
-assert Word.APPENDING - Word.ACTIVE_END == 5
 
-
-class Failure:
-    """Why a store takes no changes, in the upper half of Word.FAILED; the lower half is the errno."""
-
-    LOST = 1
-    UNCUT = 2
-    UNNAMED = 3
-
-
-_FAILURES = {
-    Failure.LOST: "the disk lost data that was written",
-    Failure.UNCUT: "a failed append cannot be cut back",
-    Failure.UNNAMED: "the name of this volume may not be durable",
-}
-
-
-class Part(NamedTuple):
-    """A needle to append, and its data: the buffers in *data*, or what *large* yields."""
-
-    needle: Needle
-    data: Sequence[Buffer] = ()
-    sums: Checksums | None = _NO_DATA
-    large: Iterable[Buffer] | None = None
-
-
-class Log:
+class Log(Active):
     """The writing end of a store that is open for writing."""
 
     def __init__(self, disk: Disk, directory: str, superblock: Superblock, settings: Settings, table: Table) -> None:
         """*directory* holds the volumes."""
-        self._disk = disk
-        self._directory = directory
+        super().__init__(disk, directory, table)
         self._superblock = superblock
         self._settings = settings
-        self._table = table
-        self._memory = table.memory
-        self._words = table.memory.words
-        self._volume: Volume | None = None
-        self._entry = -1
-        self._records_file = -1
-        self._names_file = -1
-        self._one_sync = threading.Lock()
-        # What a request needs besides the table when its needle is applied, and the row of the one in hand.
-        self.requests: Requests | None = None
-        self.requester = -1
-        self.unstage: Callable[[int], None] | None = None
-        self._memory.on_unfinished = self.carry_on
-
-    def after_fork(self) -> None:
-        """Be a process of its own: a file that is shared with the parent is told of a failed sync only once."""
-        self._release_files()
-        self._one_sync = threading.Lock()
-        self.requester = -1
-
-    def close(self) -> None:
-        """Close the files; nothing is written."""
-        self._release_files()
-
-    def _release_files(self) -> None:
-        if self._volume is not None:
-            self._volume.close()
-            self._disk.close(self._records_file)
-            self._disk.close(self._names_file)
-            self._volume = None
-
-    def lock(self) -> AbstractContextManager[None]:
-        """Be the only writer; see `Memory.lock`."""
-        return self._memory.lock()
-
-    def now_ns(self) -> int:
-        """Return the time of a change, in ns since 1970."""
-        return time.time_ns()
-
-    @property
-    def volume(self) -> Volume:
-        """The active volume, which another process may have begun."""
-        if self._volume is None or self._entry != self._words[Word.ACTIVE]:
-            self._follow()
-        assert self._volume is not None
-        return self._volume
-
-    def _follow(self) -> None:
-        """Open the files of the volume that is active now."""
-        self._release_files()
-        entry = self._words[Word.ACTIVE]
-        path = volume_path(self._directory, self._table.volume(entry).volume_id)
-        self._activate(Volume.open(self._disk, path, writable=True), entry)
-
-    def _fail(self, reason: int, error: OSError) -> None:
-        """Let no process change anything any more."""
-        self._words[Word.FAILED] = reason << 32 | (error.errno or 0)
-
-    def _check(self) -> None:
-        failed = self._words[Word.FAILED]
-        if failed:
-            text = f"{_FAILURES[failed >> 32]} ({os.strerror(failed & 0xFFFF_FFFF)})"
-            raise DiskFailure(f"{self._directory}: {text}; mount again")
 
     # -- volumes ----------------------------------------------------------------------------------------------
 
@@ -268,20 +165,6 @@ class Log:
         self._sync_names()
         volume.path = path
 
-    def _sync_names(self) -> None:
-        try:
-            self._disk.sync_directory(self._directory)
-        except OSError as error:
-            self._fail(Failure.UNNAMED, error)
-            raise
-
-    def _activate(self, volume: Volume, entry: int, paths_of: str | None = None) -> None:
-        paths = index_paths(paths_of or volume.path)
-        self._volume, self._entry = volume, entry
-        # Power loss may have taken the name of a file that holds nothing yet.
-        self._records_file = self._disk.open(paths.records, writable=True, create=True)
-        self._names_file = self._disk.open(paths.names, writable=True)
-
     def _set_words(self, entry: int, state: IndexState, durable: int, next_sequence: int) -> None:
         """Within `Memory.change`."""
         for word, value in (
@@ -296,17 +179,6 @@ class Log:
             (Word.NEXT_SEQUENCE, next_sequence),
         ):
             self._memory.put_word(word, value)
-
-    def state(self) -> IndexState:
-        """Return how far the active volume and its index files reach."""
-        words = self._words
-        return IndexState(
-            words[Word.ACTIVE_END],
-            words[Word.INDEX_RECORDS],
-            words[Word.INDEX_CRC],
-            words[Word.NAMES_END],
-            words[Word.NAMES_CRC],
-        )
 
     def _seal(self) -> None:
         """End the active volume: nothing follows the checkpoint this writes, and all of it is durable."""
@@ -364,8 +236,8 @@ class Log:
         """Append *needle* and do what it says to the table; return where it lies.
 
         Its `data_size` bytes are the buffers in *data*, or come from *large* in pieces. Sets sequence number, commit
-        time, durable mark and owner. *second* is appended with it: both of them count, or none. *answers*: it is all
-        that the request in hand asks for. *staged*: it stores what is in that staging entry.
+        time, durable mark and owner. *second* is appended with it: both of them count, or none.
+        *answers*: this is all that the request in hand asks for. *staged*: it holds what is in that staging entry.
 
         Raises:
             StoreFull: no room on the disk; store and table are as before.
@@ -385,7 +257,7 @@ class Log:
             for part in parts:
                 if part.needle.kind in OWNED_KINDS:
                     self._define_owner(part.needle)
-            return self._write(*parts, row=self.requester if answers else -1, staged=staged)
+            return self._write(*parts, row=self.requester if answers else NOBODY, staged=staged)
 
     def _has_room(self, size: int) -> bool:
         space = self._disk.space(self._directory)
@@ -408,108 +280,6 @@ class Log:
         if not known or self._table.owner_volume(owner) != self._words[Word.ACTIVE]:
             definition = Needle(Kind.OWNER, 0, mode=needle.mode, uid=needle.uid, gid=needle.gid, owner=owner)
             self._write(Part(definition))
-
-    def _write(self, *parts: Part, row: int = -1, staged: int = -1) -> Place:
-        """Append *parts* and apply them in one step; return where the first lies."""
-        words, volume = self._words, self.volume
-        state = self.state()
-        end = state.end
-        words[Word.APPENDING] = appending(row, staged)
-        try:
-            for number, part in enumerate(parts):
-                needle = part.needle
-                needle.sequence = words[Word.NEXT_SEQUENCE] + number
-                needle.commit_ns = self.now_ns()
-                needle.ctime_ns = needle.ctime_ns or needle.commit_ns
-                needle.durable = words[Word.DURABLE]
-                if part.large is None:
-                    volume.write_needle(end, needle, part.data, part.sums)
-                else:
-                    volume.write_large_needle(end, needle, part.large)
-                end += needle.length
-            return self._apply([part.needle for part in parts], state, row, staged)
-        except (Exception, KeyboardInterrupt):
-            self._undo(state)
-            raise
-
-    def _apply(self, needles: Sequence[Needle], state: IndexState, row: int, staged: int) -> Place:
-        """Append to the index what *needles* say, which stand at the end of the volume, and do it to the table."""
-        words = self._words
-        entry, last = words[Word.ACTIVE], needles[-1]
-        places = []
-        for needle in needles:
-            place, state = self._index(needle, state)
-            places.append(place)
-        with self._memory.change():
-            for needle, place in zip(needles, places, strict=True):
-                self._table.apply(needle, place)
-            self._memory.put_word(Word.NEXT_SEQUENCE, last.sequence + 1)
-            # One entry of the journal for all six.
-            self._memory.put(WORDS_AT + 8 * Word.ACTIVE_END, _PROGRESS.pack(*state, 0))
-            if last.kind == Kind.CHECKPOINT and last.flags & FLAG_SEAL:
-                sealed = self._table.volume(entry)._replace(end=state.end, flags=VOLUME_SEALED)
-                self._table.set_volume(entry, sealed)
-            if row >= 0 and self.requests is not None:
-                self.requests.applied(row, needles[0].inode)
-            if staged >= 0 and self.unstage is not None:
-                self.unstage(staged)
-        return places[0]
-
-    def _index(self, needle: Needle, state: IndexState) -> tuple[Place, IndexState]:
-        """Append name and record of *needle* to the index files, which have *state*; return where, and the next state."""
-        name_data = pack_name(needle.name) if names_a_name(needle.kind) else b""
-        name_offset = state.names_bytes if name_data else 0
-        if name_data:
-            self._disk.write(self._names_file, state.names_bytes, [name_data])
-        value = self._table.hash(needle.name) if name_data else 0
-        record = pack_record(needle, state.end, name_offset, value)
-        self._disk.write(self._records_file, state.records * INDEX_RECORD_BYTES, [record])
-        after = IndexState(
-            state.end + needle.length,
-            state.records + 1,
-            crc32c(record, state.records_crc),
-            state.names_bytes + len(name_data),
-            crc32c(name_data, state.names_crc),
-        )
-        return Place(self._words[Word.ACTIVE], state.end, name_offset), after
-
-    def carry_on(self) -> None:
-        """Within the lock: finish the append that a killed writer had begun, or cut away what there is of it."""
-        state = self.state()
-        volume = self.volume
-        row, staged = appended_for(self._words[Word.APPENDING])
-        needles: list[Needle] = []
-        end = state.end
-        with self._disk_errors(volume.path):
-            while not needles or needles[-1].flags & FLAG_PAIR:
-                needle = volume.unpack(volume.read(end, NEEDLE_HEADER_BYTES_MAX), end)
-                if needle is None or not volume.whole(needle, end):
-                    self._undo(state)
-                    return
-                needles.append(needle)
-                end += needle.length
-            try:
-                self._apply(needles, state, row, staged)
-            except (Exception, KeyboardInterrupt):
-                self._undo(state)
-                raise
-
-    def _undo(self, state: IndexState) -> None:
-        """Cut back what a failed append left, or a scan would take it for the change it was not."""
-        try:
-            self.volume.truncate(state.end)
-            self._disk.truncate(self._names_file, state.names_bytes)
-            self._disk.truncate(self._records_file, state.records * INDEX_RECORD_BYTES)
-        except OSError as error:
-            self._fail(Failure.UNCUT, error)
-        self._words[Word.APPENDING] = 0
-
-    @contextmanager
-    def _disk_errors(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise disk_error(error, path) from error
 
     # -- making durable ---------------------------------------------------------------------------------------
 
@@ -559,18 +329,6 @@ class Log:
         except StoreFull:
             return False
         return True
-
-    def _sync_volume(self, volume: Volume | None = None) -> None:
-        volume = volume or self.volume
-        # The kernel reports a lost page once for an open file and then forgets it: no later sync would say the truth,
-        # nor one at the same time, such as that of a seal.
-        with self._one_sync:
-            self._check()
-            try:
-                volume.sync()
-            except OSError as error:
-                self._fail(Failure.LOST, error)
-                raise
 
     def _settle_directories(self) -> None:
         """Give every directory whose entries changed a needle with its times, so that the index alone tells them."""

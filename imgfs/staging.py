@@ -20,6 +20,7 @@ from imgfs.memory import Memory
 DIRTY = 1  # flag: differs from what the volumes hold
 SPOILED = 2  # flag: a write found the disk full, so that this is not what somebody meant
 ATTRIBUTED = 4  # flag: extended attributes wait in a file of their own for the first needle of the image
+_TURN = 8  # flag: which of two such files it is
 
 
 class Staged(NamedTuple):
@@ -40,11 +41,6 @@ class Staged(NamedTuple):
     def name(self) -> bytes:
         """The name of an image that no needle has named yet."""
         return self.name_field[: self.name_length]
-
-    @property
-    def attributed(self) -> "Staged":
-        """The same, with extended attributes that wait."""
-        return self._replace(flags=self.flags | ATTRIBUTED)
 
     @property
     def dirty(self) -> bool:
@@ -94,6 +90,15 @@ class Staging:
         """Return entry *number*."""
         return Staged._make(STAGED.unpack_from(self._memory.map, STAGED_AT + STAGED_BYTES * number))
 
+    def look(self, number: int) -> Staged:
+        """Return entry *number* as it was before or after a change; outside of any."""
+        words = self._memory.words
+        before = words[Word.COUNTER]
+        entry = self.entry(number)
+        if before & 1 or words[Word.COUNTER] != before:
+            return self._memory.consistent(lambda: self.entry(number))
+        return entry
+
     def put(self, number: int, entry: Staged) -> None:
         """Within `Memory.change`: change what of entry *number* can change."""
         self._memory.put(STAGED_AT + STAGED_BYTES * number + AT_STAGED_STATE, STAGED_STATE.pack(*entry[1:6]))
@@ -104,9 +109,9 @@ class Staging:
             self.put(number, entry)
 
     def clean(self, number: int) -> None:
-        """Within `Memory.change`: note that a needle holds what is in entry *number*."""
+        """Within `Memory.change`: note that needles hold what is in entry *number*."""
         entry = self.entry(number)
-        self.put(number, entry._replace(flags=entry.flags & ~DIRTY))
+        self.put(number, entry._replace(flags=entry.flags & ~(DIRTY | ATTRIBUTED)))
 
     def begin(self, entry: Staged, pieces: Iterable[Buffer] = ()) -> int:
         """Make *entry* with a file that holds *pieces*; return its number.
@@ -140,7 +145,6 @@ class Staging:
 
     def end(self, number: int) -> None:
         """Forget entry *number* and free its bytes."""
-        self.drop_attributes(number)
         self._numbers.pop(self.entry(number).inode, None)
         at = STAGED_AT + STAGED_BYTES * number
         self._memory.map[at : at + 8] = bytes(8)
@@ -162,42 +166,35 @@ class Staging:
             return file
 
     def read(self, number: int, offset: int, size: int, *, nowait: bool = False) -> bytes:
-        """Return up to *size* bytes at *offset* of what was written; WouldBlock as Disk.read."""
-        size = max(0, min(size, self.entry(number).size - offset))
-        return self._disk.read(self.file(number), offset, size, nowait=nowait) if size else b""
+        """Return up to *size* bytes at *offset* of the file; WouldBlock as Disk.read."""
+        return self._disk.read(self.file(number), offset, size, nowait=nowait) if size > 0 else b""
 
     def write(self, number: int, offset: int, data: Buffer) -> None:
         """Write *data* at *offset*; the caller updates the entry."""
         self._disk.write(self.file(number), offset, [data])
 
     def attributes(self, number: int) -> bytes:
-        """Return the extended attributes that wait for entry *number*, as `set_attributes` got them."""
-        file = self._disk.open(self._attributes_path(number))
+        """Return the extended attributes that wait for entry *number*, as `write_attributes` got them."""
+        file = self._disk.open(self._attributes_path(number, self.entry(number).flags))
         try:
             return self._disk.read(file, 0, self._disk.size(file))
         finally:
             self._disk.close(file)
 
-    def set_attributes(self, number: int, data: bytes) -> None:
-        """Let the extended attributes *data* wait for entry *number*, once that is `attributed`."""
-        path = self._attributes_path(number)
-        file = self._disk.open(path + ".new", writable=True, create=True)
+    def write_attributes(self, number: int, data: bytes) -> Staged:
+        """Return the entry *number* as it is when the extended attributes *data* wait for it; `put` makes it so."""
+        entry = self.entry(number)
+        flags = (entry.flags | ATTRIBUTED) ^ _TURN
+        file = self._disk.open(self._attributes_path(number, flags), writable=True, create=True)
         try:
             self._disk.truncate(file, 0)
             self._disk.write(file, 0, [data])
         finally:
             self._disk.close(file)
-        self._disk.rename(path + ".new", path)
+        return entry._replace(flags=flags)
 
-    def drop_attributes(self, number: int) -> None:
-        """Forget the extended attributes that wait for entry *number*, if any do."""
-        entry = self.entry(number)
-        if entry.flags & ATTRIBUTED:
-            self.update(number, entry._replace(flags=entry.flags & ~ATTRIBUTED))
-            self._disk.unlink(self._attributes_path(number))
-
-    def _attributes_path(self, number: int) -> str:
-        return f"{self._directory}/{number:04d}.xattrs"
+    def _attributes_path(self, number: int, flags: int) -> str:
+        return f"{self._directory}/{number:04d}.xattrs{1 if flags & _TURN else 0}"
 
     def truncate(self, number: int, size: int) -> None:
         """Cut or extend the file; the caller updates the entry."""

@@ -113,9 +113,9 @@ class Xattrs(Tree):
             data = pack_xattrs(attributes)
             if self._images.record(inode).flags & Flag.UNBORN:
                 number = self._staging.find(inode)
-                self._staging.set_attributes(number, data)
+                entry = self._staging.write_attributes(number, data)
                 with self._memory.change():
-                    self._staging.put(number, self._staging.entry(number).attributed)
+                    self._staging.put(number, entry)
                     self._applied(inode)
             else:
                 needle = Needle(Kind.XATTR, inode, data_size=len(data), ctime_ns=now_ns)
