@@ -24,8 +24,11 @@ from imgfs.memory import Memory
 __all__ = ["NOBODY", "TASKS_MAX", "WORKERS_MAX", "Request", "Requests", "Result"]
 
 NOBODY = -1  # in place of a row: what is done is not done for a request
-# A request in hand at so many deaths is not handed to another worker.
-DEATHS_MAX = 2
+# What a death says of each request that was in hand: a worker that crashed did so for a reason, one that was sent
+# SIGKILL may just have been chosen. With so much blame a request is not handed to another worker.
+CRASH_BLAME = 3
+KILL_BLAME = 1
+BLAME_MAX = 2 * CRASH_BLAME
 # What the kernel resends is read at once; a request that its sender gave up meanwhile never comes.
 _NOTE_NS = 60 * 1_000_000_000
 
@@ -33,7 +36,7 @@ _RESULT = struct.Struct("<QQ")
 _ROW_WORDS = REQUEST.size // 8
 _NOTE_WORDS = NOTE.size // 8
 # Words of a row, and of a note.
-_HANDLE, _INODE, _APPLIED, _PID, _NODE, _KEY, _SPARE, _OPCODE, _DEATHS, _TIME = range(10)
+_HANDLE, _INODE, _APPLIED, _PID, _NODE, _KEY, _SPARE, _OPCODE, _BLAME, _TIME = range(10)
 
 
 class Request(NamedTuple):
@@ -132,10 +135,11 @@ class Requests:
         for row in range(worker * TASKS_MAX, (worker + 1) * TASKS_MAX):
             self.end(row)
 
-    def settle(self, worker: int, resent: Sequence[Request], *, by_itself: bool) -> list[Request]:
+    def settle(self, worker: int, resent: Sequence[Request], *, blame: int) -> list[Request]:
         """Settle what *worker*, which died, had in hand; return what no other worker should be given.
 
-        *resent* is all that the kernel sent again. *by_itself*: nobody killed it, so each of these may be why it died.
+        *resent* is all that the kernel sent again. *blame*: how much speaks for one of these being why it died; 0
+        if it was only in the way.
         Comes after `Store.roll_forward`, which may find that one of them was applied.
         """
         self._forget_notes_but(resent)
@@ -149,7 +153,7 @@ class Requests:
                     handle = self._rows[_ROW_WORDS * row + _HANDLE]
                     if handle:
                         self._handles.free(handle)
-                    if by_itself and self._count_death(request) >= DEATHS_MAX:
+                    if blame and self._add_blame(request, blame) >= BLAME_MAX:
                         poisoned.append(request)
             self.end(row)
         return poisoned
@@ -208,9 +212,9 @@ class Requests:
         self._notes[at + _APPLIED] = 1
         self._memory.words[Word.NOTES] += 1
 
-    def _count_death(self, request: Request) -> int:
+    def _add_blame(self, request: Request, blame: int) -> int:
         at = self._find(request)
         if at < 0:
             return 0
-        self._notes[at + _DEATHS] += 1
-        return self._notes[at + _DEATHS]
+        self._notes[at + _BLAME] += blame
+        return self._notes[at + _BLAME]
