@@ -12,7 +12,6 @@ being written stands in shared memory; each process opens the files for itself w
 
 import os
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -34,31 +33,49 @@ from imgfs.format import (
     Tag,
 )
 from imgfs.index import index_paths, names_a_name, pack_name, pack_record
-from imgfs.layout import VOLUME_SEALED, WORDS_AT, Word, appended_for, appending
+from imgfs.layout import MOVING, VOLUME_SEALED, WORDS_AT, Word, appended_for, appending
 from imgfs.requests import NOBODY, Requests
+from imgfs.settings import MIB
 from imgfs.table import Place, Table
 from imgfs.volume import Volume
 from imgfs.volumes import volume_path
 
-_NO_DATA = Checksums(0, ())
+NO_DATA = Checksums(0, ())
+# Data up to this size is written in one call with its header and footer.
+SMALL_BYTES = 1 * MIB
 # The words from ACTIVE_END to APPENDING, which every write moves on.
 _PROGRESS = struct.Struct("<6Q")
 assert Word.APPENDING - Word.ACTIVE_END == 5
+_SYNCED_SHIFT = 48
+_SYNCED_MASK = (1 << _SYNCED_SHIFT) - 1
 
 
 class Failure:
-    """Why a store takes no changes: the upper half of Word.FAILED. The lower half is the errno."""
+    """Why a store takes no changes: the upper half of Word.FAILED. The lower half is the errno.
+
+    LOST can be mended, see failed_sync.py.
+    """
 
     LOST = 1
     UNCUT = 2
     UNNAMED = 3
+    DEAD = 4
 
 
 _FAILURES = {
     Failure.LOST: "the disk lost data that was written",
     Failure.UNCUT: "a failed append cannot be cut back",
     Failure.UNNAMED: "the name of the last volume may not be durable",
+    Failure.DEAD: "the disk lost data that was written, and takes it nowhere else",
 }
+
+
+class Range(NamedTuple):
+    """What a sync is asked for: the volume with that *entry* up to *end*, wanted when there were so many *failures*."""
+
+    entry: int
+    end: int
+    failures: int
 
 
 class Part(NamedTuple):
@@ -66,7 +83,7 @@ class Part(NamedTuple):
 
     needle: Needle
     data: Sequence[Buffer] = ()
-    sums: Checksums | None = _NO_DATA
+    sums: Checksums | None = NO_DATA
     large: Iterable[Buffer] | None = None
 
 
@@ -84,7 +101,6 @@ class Active:
         self._entry = -1
         self._records_file = -1
         self._names_file = -1
-        self._one_sync = threading.Lock()
         # The rows of requests and the one in hand, and what is told of a staging entry that a needle holds now.
         self.requests: Requests | None = None
         self.requester = NOBODY
@@ -94,7 +110,6 @@ class Active:
     def after_fork(self) -> None:
         """Be a process of its own: a file that is shared with the parent is told of a failed sync only once."""
         self._release_files()
-        self._one_sync = threading.Lock()
         self.requester = NOBODY
 
     def close(self) -> None:
@@ -239,6 +254,9 @@ class Active:
 
     def carry_on(self) -> None:
         """Within the lock: finish the write that a killed writer had begun, or cut away what there is of it."""
+        if self._words[Word.APPENDING] & MOVING:
+            self._move_records()
+            return
         before = state = self.state()
         row, staged = appended_for(self._words[Word.APPENDING])
         with self._disk_errors(self._directory):
@@ -256,6 +274,10 @@ class Active:
             except (Exception, KeyboardInterrupt):
                 self._undo(before)
                 raise
+
+    def _move_records(self) -> None:
+        """Within the lock: let the table point to what was appended again, see failed_sync.py."""
+        raise NotImplementedError
 
     def _whole_needles(self, volume: Volume, offset: int) -> list[Needle]:
         """Return the needle at *offset*, or the two of a pair; none if something of them is missing."""
@@ -281,17 +303,32 @@ class Active:
 
     # -- making durable ---------------------------------------------------------------------------------------
 
-    def _sync_volume(self, volume: Volume | None = None) -> None:
-        volume = volume or self.volume
+    def _sync_active(self) -> None:
+        """Make the active volume durable."""
+        words = self._words
+        self._sync_volume(self.volume, Range(words[Word.ACTIVE], words[Word.ACTIVE_END], words[Word.FAILURES]))
+
+    def _sync_volume(self, volume: Volume, wanted: Range | None = None) -> None:
+        """Make *volume* durable, unless another process has done that for the range that is *wanted*."""
+        words = self._words
         # The kernel reports a lost page once for an open file and then forgets it: no later sync would say the truth,
         # nor one at the same time, such as that of a seal.
-        with self._one_sync:
+        with self._memory.one_sync:
             self._check()
+            if wanted is not None:
+                if words[Word.FAILURES] != wanted.failures:
+                    raise DiskFailure(f"{volume.path}: {_FAILURES[Failure.LOST]}")
+                synced = words[Word.SYNCED]
+                if synced >> _SYNCED_SHIFT == wanted.entry and synced & _SYNCED_MASK >= wanted.end:
+                    return
             try:
                 volume.sync()
             except OSError as error:
+                words[Word.FAILURES] += 1
                 self._fail(Failure.LOST, error)
                 raise
+            if wanted is not None:
+                words[Word.SYNCED] = wanted.entry << _SYNCED_SHIFT | wanted.end
 
     def _sync_names(self) -> None:
         try:

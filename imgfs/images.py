@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from imgfs.disk import Buffer
-from imgfs.errors import BadHandle, Damaged, IsADirectory, ReadOnly, Stale, StoreFull, TooLarge, disk_error
+from imgfs.errors import BadHandle, Damaged, DiskFailure, IsADirectory, ReadOnly, Stale, StoreFull, TooLarge, disk_error
 from imgfs.format import (
     ALIGNMENT,
     CHUNK_BYTES,
@@ -28,7 +28,7 @@ from imgfs.format import (
     unpack_footer,
 )
 from imgfs.handles import WRITE, Handles
-from imgfs.layout import Flag
+from imgfs.layout import VOLUME_SEALED, Flag
 from imgfs.log import SMALL_BYTES, Log, Part
 from imgfs.settings import MIB
 from imgfs.staging import ATTRIBUTED, DIRTY, SPOILED, Staged, Staging
@@ -87,6 +87,14 @@ class Images:
         if not record.flags & Flag.KIND or record.generation != inode >> 32:
             raise Stale(f"inode {inode:#x} is gone")
         return record
+
+    def check_kept(self, inode: int) -> None:
+        """Raise DiskFailure if what was flushed of *inode* lies behind the end of its volume: a sync failed. Stale."""
+        record = self.record(inode)
+        row = self._table.volume(record.volume)
+        behind = row.flags & VOLUME_SEALED and record.offset8 * ALIGNMENT >= row.end
+        if behind and record.kind != Kind.DIRECTORY and not record.flags & Flag.UNBORN:
+            raise DiskFailure(f"the disk lost what was written to inode {inode:#x}")
 
     # -- reading ----------------------------------------------------------------------------------------------
 

@@ -50,10 +50,15 @@ class Word:
     RARE_ENTRIES = 30  # entries of rare.py ever used
     RARE_FREE = 31  # its first free entry + 1
     RARE_COUNT = 32  # its entries in use
+    FAILURES = 33  # syncs that failed
     ARENA_FREE = 64  # 32 words: first free region of each size
 
 
 WORDS = 128
+
+
+# In place of that: the records of the volume with entry APPENDING >> 8 are moved to where its needles are now.
+MOVING = 2
 
 
 def appending(row: int, staged: int) -> int:

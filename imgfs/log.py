@@ -6,13 +6,13 @@ wants; a needle comes in, and lies on disk and in the table when `append` return
 *Concurrency:* everything under `Memory.lock` but the wait for the disk in `sync`.
 """
 
-import os
-import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
-from imgfs.active import Active, Part
-from imgfs.disk import Buffer, Disk
-from imgfs.errors import Damaged, StoreFull
+from imgfs.active import SMALL_BYTES, Part, Range
+from imgfs.disk import Buffer
+from imgfs.errors import DiskFailure, ImgfsError, StoreFull
+from imgfs.failed_sync import FailedSync
 from imgfs.format import (
     FLAG_PAIR,
     NAMES_BYTES_LIMIT,
@@ -25,39 +25,25 @@ from imgfs.format import (
     Kind,
     Needle,
     PreviousEnd,
-    VolumeHeader,
     aligned,
-    inode_of,
 )
-from imgfs.index import checkpoint, empty_state, index_paths, names_header
+from imgfs.index import checkpoint
 from imgfs.layout import VOLUME_SEALED, Word
-from imgfs.load import stale_directories
 from imgfs.requests import NOBODY
-from imgfs.settings import MIB, Settings
-from imgfs.superblock import Superblock
-from imgfs.table import Place, Table, VolumeEntry
+from imgfs.settings import MIB
+from imgfs.table import Place
 from imgfs.volume import Volume
-from imgfs.volumes import volume_path
 
 __all__ = ["SMALL_BYTES", "Log", "Part"]
 
-# XFS allocates a large volume in extents of this size, so that a scan reads it in long runs.
-_EXTENT_BYTES = 16 * MIB
 # Kept free below the format's limit, for the needles that settle directories and seal the volume.
 _END_BYTES = 64 * MIB
 # More than the headers and names of any change that is not large.
 _ROLL_BYTES = 4096
-# Data up to this size is written in one call with its header and footer.
-SMALL_BYTES = 1 * MIB
 
-class Log(Active):
+
+class Log(FailedSync):
     """The writing end of a store that is open for writing."""
-
-    def __init__(self, disk: Disk, directory: str, superblock: Superblock, settings: Settings, table: Table) -> None:
-        """*directory* holds the volumes."""
-        super().__init__(disk, directory, table)
-        self._superblock = superblock
-        self._settings = settings
 
     # -- volumes ----------------------------------------------------------------------------------------------
 
@@ -91,100 +77,21 @@ class Log(Active):
         With *previous*, the last one ended in torn bytes and could not be sealed by a needle of its own: the new one
         says where it ended. It gets its name only once it also holds what those needles had changed by implication.
         """
-        # Names count, not the table: a volume whose header is damaged must not be overwritten.
-        stems = [name.partition(".")[0] for name in self._disk.names(self._directory)]
-        volume_id = 1 + max((int(stem) for stem in stems if stem.isdigit()), default=0)
-        if previous is None and self._take_over(volume_id - 1):
+        if previous is None and self._take_over():
             return
-        sequence = max(1, self._words[Word.NEXT_SEQUENCE])
-        header = VolumeHeader(
-            self._superblock.store_id,
-            os.urandom(16),
-            volume_id,
-            sequence,
-            time.time_ns(),
-            self._settings.volume_bytes_max,
-            previous,
-        )
-        path = volume_path(self._directory, volume_id)
-        extent = _EXTENT_BYTES if self._settings.volume_bytes_max >= 16 * _EXTENT_BYTES else 0
-        with self._disk_errors(path):
-            volume = Volume.create(self._disk, path + ".new", header, extent)
-            self._make_index(path, volume_id)
-            if previous is None:
-                self._publish(volume, path)
+        volume, path = self._new_volume(previous, max(1, self._words[Word.NEXT_SEQUENCE]))
+        if previous is None:
+            self._publish(volume, path)
         self._enter(volume, path)
         if previous is not None:
             self._settle_directories()
-            with self._disk_errors(path):
-                self._publish(volume, path)
-
-    def _make_index(self, path: str, volume_id: int) -> None:
-        """Make the index files of a volume that holds nothing yet."""
-        paths = index_paths(path)
-        for index_path, data in ((paths.records, b""), (paths.names, names_header(volume_id))):
-            file = self._disk.open(index_path, writable=True, create=True)
-            self._disk.truncate(file, 0)
-            self._disk.write(file, 0, [data])
-            self._disk.close(file)
-
-    def _enter(self, volume: Volume, path: str) -> None:
-        """Make *volume*, which holds nothing yet, the active one, in one step."""
-        header = volume.header
-        with self._memory.change():
-            entry = self._table.add_volume(VolumeEntry(header.volume_id, NEEDLES_START, header.first_sequence, 0))
-            self._set_words(entry, empty_state(header.volume_id), NEEDLES_START, header.first_sequence)
-        self._release_files()
-        self._activate(volume, entry, paths_of=path)
-
-    def _take_over(self, volume_id: int) -> bool:
-        """Enter the volume *volume_id* if a writer was killed when it had made that, and before it entered it."""
-        words = self._words
-        path = volume_path(self._directory, volume_id)
-        known = any(self._table.volume(entry).volume_id == volume_id for entry in range(words[Word.VOLUMES]))
-        if known or not self._disk.exists(path):
-            return False
-        try:
-            volume = Volume.open(self._disk, path, writable=True)
-        except Damaged:
-            return False  # it was there before this store was opened
-        if volume.header.first_sequence != words[Word.NEXT_SEQUENCE] or volume.size() != NEEDLES_START:
-            volume.close()
-            return False
-        with self._disk_errors(path):
-            self._make_index(path, volume_id)
-            self._sync_volume(volume)
-            self._sync_names()
-        self._enter(volume, path)
-        return True
-
-    def _publish(self, volume: Volume, path: str) -> None:
-        """Make *volume* durable under its final name."""
-        self._sync_volume(volume)
-        self._disk.rename(path + ".new", path)
-        self._sync_names()
-        volume.path = path
-
-    def _set_words(self, entry: int, state: IndexState, durable: int, next_sequence: int) -> None:
-        """Within `Memory.change`."""
-        for word, value in (
-            (Word.ACTIVE, entry),
-            (Word.ACTIVE_END, state.end),
-            (Word.DURABLE, durable),
-            (Word.INDEX_RECORDS, state.records),
-            (Word.INDEX_CRC, state.records_crc),
-            (Word.NAMES_END, state.names_bytes),
-            (Word.NAMES_CRC, state.names_crc),
-            (Word.CHECKPOINT_RECORDS, 0),
-            (Word.NEXT_SEQUENCE, next_sequence),
-        ):
-            self._memory.put_word(word, value)
+            self._publish(volume, path)
 
     def _seal(self) -> None:
         """End the active volume: nothing follows the checkpoint this writes, and all of it is durable."""
         self._settle_directories()
         with self._disk_errors(self.volume.path):
-            self._sync_volume()
+            self._sync_active()
             self._words[Word.DURABLE] = self._words[Word.ACTIVE_END]
             self._write(Part(checkpoint(self.state(), seal=True)))
             self._finish_seal()
@@ -195,7 +102,7 @@ class Log(Active):
         if words[Word.DURABLE] < words[Word.ACTIVE_END]:
             # Gives back what the extent hint allocated past the end.
             self.volume.truncate(words[Word.ACTIVE_END])
-            self._sync_volume()
+            self._sync_active()
             words[Word.DURABLE] = words[Word.ACTIVE_END]
 
     def _is_sealed(self) -> bool:
@@ -244,7 +151,7 @@ class Log(Active):
             StoreLimit: as `Table.owner_index`.
             DiskFailure: the disk refused; store and table are as before, or the store takes no more changes.
         """
-        self._check()
+        self._mend()
         length = aligned(needle.length) + (aligned(second.needle.length) if second is not None else 0)
         if (needle.kind in PUT_KINDS or needle.data_size) and not self._has_room(length):
             raise StoreFull("the disk is full: delete images or add space")
@@ -287,11 +194,11 @@ class Log(Active):
         """Make durable all that was appended before the call; write a checkpoint when one is due, or *final*.
 
         Raises:
-            DiskFailure: the disk lost data that it had taken; the store takes no more changes.
+            DiskFailure: the disk lost data that it had taken. What is still whole was appended again elsewhere.
         """
         memory, words = self._memory, self._words
         with memory.lock():
-            self._check()
+            self._mend()
             if self._is_sealed():
                 # The next volume could not be begun yet, and nothing may follow the seal of this one.
                 with self._disk_errors(self.volume.path):
@@ -302,12 +209,17 @@ class Log(Active):
             if due:
                 due = self._if_room(self._settle_directories)
             state, entry, volume = self.state(), words[Word.ACTIVE], self.volume
+            failures = words[Word.FAILURES]
             if state.end == words[Word.DURABLE] and not due:
                 return
             duplicate = volume.duplicate()
         try:
             with self._disk_errors(volume.path):
-                self._sync_volume(duplicate)
+                self._sync_volume(duplicate, Range(entry, state.end, failures))
+        except DiskFailure:
+            with memory.lock(), suppress(ImgfsError):
+                self._mend()  # if it cannot be now, the next change tries again
+            raise
         finally:
             duplicate.close()
         with memory.lock():
@@ -318,7 +230,7 @@ class Log(Active):
                 words[Word.CHECKPOINT_RECORDS] = words[Word.INDEX_RECORDS]
                 if final:
                     with self._disk_errors(volume.path):
-                        self._sync_volume()
+                        self._sync_active()
                     words[Word.DURABLE] = words[Word.ACTIVE_END]
 
     def _if_room(self, write: Callable[[], object]) -> bool:
@@ -332,19 +244,6 @@ class Log(Active):
 
     def _settle_directories(self) -> None:
         """Give every directory whose entries changed a needle with its times, so that the index alone tells them."""
-        if not self._words[Word.STALE_DIRECTORIES]:
-            return
-        for slot in stale_directories(self._memory):
-            record = self._table.record(slot)
-            uid, gid, mode = self._table.owner(record.owner)
-            needle = Needle(
-                Kind.ATTRIBUTES,
-                inode_of(slot, record.generation),
-                uid=uid,
-                gid=gid,
-                mode=mode,
-                mtime_ns=record.mtime_ns,
-                ctime_ns=record.ctime_s * 1_000_000_000,
-            )
+        for needle in self._directory_times():
             self._define_owner(needle)
             self._write(Part(needle))

@@ -69,6 +69,32 @@ class _Change:
         self._memory.end(error)
 
 
+class _OneSync:
+    """`with memory.one_sync`: one process and thread at a time; dies with its holder, and never waits for `lock`."""
+
+    # struct flock of fcntl.h: type, whence, start, length, pid, and the padding of a 64-bit number at the end.
+    _WHOLE = struct.Struct("@hhqqi0q")
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._threads = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._threads.acquire()
+        try:
+            # A kind of lock of its own, beside the flock of the same file.
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLKW, self._WHOLE.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0))
+        except BaseException:
+            self._threads.release()
+            raise
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, self._WHOLE.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 1, 0))
+        finally:
+            self._threads.release()
+
+
 class Memory:
     """The mapping and its discipline; `descriptor` is what another process needs to map the same."""
 
@@ -107,6 +133,7 @@ class Memory:
         self._lock_file = os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDWR | os.O_CLOEXEC)
         self._thread_lock = threading.RLock()
         self._lock_depth = 0
+        self.one_sync = _OneSync(self._lock_file)
 
     def after_fork(self) -> None:
         """Be a process of its own: in a child, before anything else is done with the memory."""

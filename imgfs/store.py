@@ -321,10 +321,20 @@ class Store(Xattrs):
         return 0 if self._images.staged(inode) is not None else self._images.record(inode).size
 
     def fsync(self, handle: int) -> None:
-        """`flush`, and make it durable."""
+        """`flush`, and make it durable.
+
+        Raises:
+            DiskFailure: the disk lost it, now or since it was flushed.
+            StoreFull: as `flush`.
+        """
         self.flush(handle)
         if self._log is not None:
             self.sync()
+            self.check_kept(handle)
+
+    def check_kept(self, handle: int) -> None:
+        """Raise DiskFailure if the disk lost the image of *handle* with the end of a volume. BadHandle, Stale."""
+        self._images.check_kept(self.handle_inode(handle))
 
     def release(self, handle: int) -> None:
         """Close *handle*; what was written since the last flush is flushed, or lost if the disk is full. BadHandle."""

@@ -94,7 +94,9 @@ def on_disk(store: Store) -> Iterator[Store]:
         shutil.rmtree(copy)
 
 
-def killed_at(store: Store, step: int, call: Callable[[Store], object], *, torn: bool) -> bool:
+def killed_at(
+    store: Store, step: int, call: Callable[[Store], object], *, torn: bool, disk: type[MortalDisk] = MortalDisk
+) -> bool:
     """Let another process do *call* to *store* until it is killed at *step*; return False if it got to the end."""
     life = Life(step, torn=torn, end=die)
 
@@ -104,11 +106,8 @@ def killed_at(store: Store, step: int, call: Callable[[Store], object], *, torn:
     def run() -> None:
         store_module.Memory = attach  # type: ignore[misc, assignment]
         # The supervisor lives, and has the store's lock.
-        call(
-            Store.attach(
-                store.path, os.dup(store.memory_descriptor), None, settings=store.settings, disk=MortalDisk(life)
-            )
-        )
+        descriptor = os.dup(store.memory_descriptor)
+        call(Store.attach(store.path, descriptor, None, settings=store.settings, disk=disk(life)))
 
     status = status_of(in_process(run))
     assert status == 0 or os.WIFSIGNALED(status), "the call failed"

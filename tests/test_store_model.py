@@ -225,6 +225,10 @@ class StoreModel(RuleBasedStateMachine):
             changes.pop("mtime_ns", None)
         if node.draft is not None:
             node.draft = node.draft._replace(**changes)
+            if node.saved is not None and what - {"mtime_ns"}:
+                # Mode and owner have a needle of their own at once; the time is that of the new bytes.
+                mode, uid, gid = node.draft.mode, node.draft.uid, node.draft.gid
+                node.saved = node.saved._replace(mode=mode, uid=uid, gid=gid)
         elif node.saved is not None:
             node.saved = node.saved._replace(**changes)
         self.note()
