@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import sdnotify
 
-from imgfs import child, mountpoint, resend, wire
+from imgfs import child, handover, mountpoint, resend, wire
 from imgfs.board import WORKERS_MAX, Board
 from imgfs.device import Device
 from imgfs.errors import EXIT_BUSY, EXIT_OK, MountFailed
@@ -43,6 +43,8 @@ _NO_BEAT_NS = 60_000_000_000
 _DEATH_S = 5.0
 # Workers in a row that died before they answered anything: there is no point in a next one.
 _FRUITLESS_MAX = 5
+# Importing and trying take a second; a machine may be busy.
+_TRIAL_S = 60.0
 _ROLL_FORWARD_S = 60.0
 _ROLL_FORWARD_TRIES = 3
 _POLL_S = 0.0005
@@ -78,21 +80,41 @@ class Plan(NamedTuple):
     announce: Callable[[], None]
     """Wait until the mount answers; raise MountFailed if it does not."""
     ready: Callable[[], None]
+    try_upgrade: Callable[["Running", int], None]
+    """In a child: become the installed release for a trial; its exit code tells whether it could take over, and that
+    file why not."""
+    upgrade: Callable[["Running"], None]
+    """Become the installed release, which goes on; return only if that cannot be, or raise OSError."""
+    status: int
+    """Where `handover.tell` says what became of an upgrade."""
+
+
+class Running(NamedTuple):
+    """The processes of a mount, and what they share; another release can take them over."""
+
+    board: Board
+    gate: int
+    workers: dict[int, int]
+    """Number by pid."""
+    maintenance: int
 
 
 class Supervisor:
     """The processes of one mount."""
 
-    def __init__(self, plan: Plan, device: Device) -> None:
+    def __init__(self, plan: Plan, device: Device, taken_over: Running | None = None) -> None:
+        """*taken_over*: what another release has left running; its workers serve until ours are started."""
         self._plan = plan
         self._store = plan.store
         self._device = device
-        self._board = Board()
-        self._gate_file = make_gate()
+        running = taken_over or Running(Board(), make_gate(), {}, 0)
+        self._takes_over = taken_over is not None
+        self._board = running.board
+        self._gate_file = running.gate
         self._gate = Gate(self._gate_file)
-        self._workers: dict[int, int] = {}  # pid -> number
+        self._workers = dict(running.workers)  # pid -> number
         self._tasks: dict[int, Task] = {}
-        self._maintenance = 0
+        self._maintenance = running.maintenance
         self._fruitless = 0
         self._nudged: dict[int, int] = {}  # number -> since when it held the gate
         self._stop_signals = 0
@@ -113,10 +135,12 @@ class Supervisor:
         """
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            for _ in range(self._plan.workers):
-                self._start_worker()
-            self._start_maintenance()
-            self._start_task("announcer", self._plan.announce, self._announced, FIRST_ANSWER_S)
+            if self._takes_over:
+                self._take_over()
+            else:
+                self._start_workers()
+                self._start_maintenance()
+                self._start_task("announcer", self._plan.announce, self._announced, FIRST_ANSWER_S)
             while not self._ended:
                 got = signal.sigtimedwait(_SIGNALS, _TICK_S)
                 if got is not None:
@@ -131,6 +155,8 @@ class Supervisor:
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGCHLD:
             self._reap()
+        elif number == mountpoint.UPGRADE:
+            self._try_upgrade()
         elif number == signal.SIGUSR1:
             self._dump_state()
         else:
@@ -156,6 +182,10 @@ class Supervisor:
         self._store.requests.clear(number)
         pid = child.fork(f"worker {number}", lambda: self._plan.work(number, self._board, self._gate_file), self._dump)
         self._workers[pid] = number
+
+    def _start_workers(self) -> None:
+        while not self._ended and len(self._workers) < self._plan.workers:
+            self._start_worker()
 
     def _start_maintenance(self) -> None:
         if self._plan.maintain is not None:
@@ -236,8 +266,7 @@ class Supervisor:
         finally:
             self._gate.let_go()
             self._board.paused = False
-        while not self._ended and len(self._workers) < self._plan.workers:
-            self._start_worker()
+        self._start_workers()
         log.info(
             "%d of %d workers replaced in %.0f ms", len(dead), self._plan.workers, (time.monotonic() - since) * 1e3
         )
@@ -320,6 +349,56 @@ class Supervisor:
         time.sleep(_DUMP_S)
         for line in os.pread(self._dump, _DUMP_BYTES_MAX, 0).decode(errors="replace").splitlines():
             log.info("  %s", line)
+
+    # -- an upgrade -------------------------------------------------------------------------------------------
+
+    def _running(self) -> Running:
+        return Running(self._board, self._gate_file, dict(self._workers), self._maintenance)
+
+    def _try_upgrade(self) -> None:
+        """Let the installed release try in a child whether it could take over."""
+        if self._tasks or self._stop_signals or not self._board.init_reply:
+            self._refuse_upgrade("it starts, ends, or tries an upgrade just now; try again")
+            return
+        log.info("SIGHUP: trying the installed release")
+        now_us = time.monotonic_ns() // 1000
+        sdnotify.SystemdNotifier().notify(f"RELOADING=1\nMONOTONIC_USEC={now_us}")
+        self._start_task("trial", lambda: self._plan.try_upgrade(self._running(), self._said), self._tried, _TRIAL_S)
+
+    def _tried(self, code: int) -> None:
+        if code != EXIT_OK:
+            said = os.pread(self._said, _SAID_BYTES_MAX, 0).decode(errors="replace").strip()
+            self._refuse_upgrade(said.rpartition("\n")[2] or _died(code))
+            return
+        log.info("the installed release takes over")
+        logging.shutdown()
+        try:
+            self._plan.upgrade(self._running())
+        except OSError as error:
+            self._refuse_upgrade(str(error))
+
+    def _refuse_upgrade(self, reason: str) -> None:
+        log.error("the old release goes on, the installed one cannot take over: %s", reason)
+        handover.tell(self._plan.status, reason)
+        sdnotify.SystemdNotifier().notify("READY=1")
+
+    def _take_over(self) -> None:
+        """Put workers of this release in the place of those of the old one."""
+        since = time.monotonic()
+        self._reap()
+        dead: list[Dead] = []
+        self._board.paused = True
+        self._take_gate(dead)
+        self._wait_for_answers(dead)
+        for pid in [*self._workers, *([self._maintenance] if self._maintenance else [])]:
+            os.kill(pid, signal.SIGKILL)
+            _wait_for_death(pid)
+        self._workers.clear()
+        self._replace(dead)
+        self._start_maintenance()
+        log.info("taken over in %.0f ms", (time.monotonic() - since) * 1e3)
+        handover.tell(self._plan.status, "")
+        sdnotify.SystemdNotifier().notify("READY=1")
 
     # -- the end ----------------------------------------------------------------------------------------------
 
