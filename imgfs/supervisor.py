@@ -39,8 +39,6 @@ _GATE_S = 1.0
 _STANDSTILL_NS = 1_000_000_000
 # A worker whose loop had no turn for so long is killed; those that wait for it meanwhile are none the wiser.
 _NO_BEAT_NS = 60_000_000_000
-# So long a killed process may take to be gone, where it does not wait for a disk.
-_DEATH_S = 5.0
 # Workers in a row that died before they answered anything: there is no point in a next one.
 _FRUITLESS_MAX = 5
 # Importing and trying take a second; a machine may be busy.
@@ -117,6 +115,7 @@ class Supervisor:
         self._maintenance = running.maintenance
         self._fruitless = 0
         self._nudged: dict[int, int] = {}  # number -> since when it held the gate
+        self._stopped: dict[int, int] = {}  # number -> since when it is stopped, by SIGSTOP
         self._stop_signals = 0
         self._forced_at: float | None = None
         self._ended = False
@@ -209,35 +208,37 @@ class Supervisor:
                 break
             code = os.waitstatus_to_exitcode(status)
             if pid in self._workers:
-                number = self._workers.pop(pid)
                 if self._device.is_dead():
+                    del self._workers[pid]
                     self._ended = True
                 else:
-                    self._bury(number, pid, code)
-                    dead.append(Dead(number, KILL_BLAME if code == -signal.SIGKILL else CRASH_BLAME))
+                    dead.append(self._bury(self._workers[pid], pid, code))
             elif pid == self._maintenance:
                 self._maintenance = 0
-                log.error("the maintenance process (%d) %s; starting another", pid, _died(code))
+                log.error("the maintenance process (%d) %s; starting another", pid, child.died(code))
                 self._start_maintenance()
             elif pid in self._tasks:
                 self._tasks.pop(pid).then(code)
         if dead and not self._ended:
             self._replace(dead)
 
-    def _bury(self, number: int, pid: int, code: int) -> None:
+    def _bury(self, number: int, pid: int, code: int) -> Dead:
         """Say how a worker died, and note whether it was of any use."""
+        del self._workers[pid]
         post = self._board.posts[number]
         in_hand = [request for _, request, _ in self._store.requests.in_hand(number)]
-        log.error("worker %d (process %d) %s, %s", number, pid, _died(code), _in_hand(in_hand))
+        log.error("worker %d (process %d) %s, %s", number, pid, child.died(code), _in_hand(in_hand))
         killed_idle = code == -signal.SIGKILL and post.ready and not in_hand
         self._fruitless = 0 if post.answered else self._fruitless + (not killed_idle)
         self._nudged.pop(number, None)
+        self._stopped.pop(number, None)
         if self._fruitless >= _FRUITLESS_MAX:
             self._failure = MountFailed(
                 f"{_FRUITLESS_MAX} workers in a row died before they had answered a single request; the last one "
-                f"{_died(code)}; {self._plan.path} is not served any more"
+                f"{child.died(code)}; {self._plan.path} is not served any more"
             )
             self._ended = True
+        return Dead(number, KILL_BLAME if code == -signal.SIGKILL else CRASH_BLAME)
 
     # -- a death ----------------------------------------------------------------------------------------------
 
@@ -284,25 +285,35 @@ class Supervisor:
         posts = self._board.posts
         while any(posts[number].in_hand for number in self._workers.values()) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
+            self._collect(dead)
         for number in list(self._workers.values()):
             if posts[number].in_hand:
                 self._kill(number, dead, "it took too long to answer while another was replaced")
+
+    def _collect(self, dead: list[Dead]) -> None:
+        """Add the workers that have died meanwhile to *dead*."""
+        for pid, number in list(self._workers.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                dead.append(self._bury(number, pid, os.waitstatus_to_exitcode(status)))
 
     def _kill(self, number: int, dead: list[Dead], why: str) -> None:
         pid = next(pid for pid, its_number in self._workers.items() if its_number == number)
         requests = [request for _, request, _ in self._store.requests.in_hand(number)]
         log.warning("worker %d (process %d) is killed: %s, %s", number, pid, why, _in_hand(requests))
         os.kill(pid, signal.SIGKILL)
-        _wait_for_death(pid)
+        child.wait(pid)
         del self._workers[pid]
         dead.append(Dead(number, 0))
 
     def _roll_forward(self) -> bool:
         """Have half-applied changes carried on or undone by a child; return whether it could."""
         pid = child.fork("roll forward", self._carry_on, self._dump)
-        code = _wait_for_death(pid, _ROLL_FORWARD_S)
+        code = child.wait(pid, _ROLL_FORWARD_S)
         if code != EXIT_OK:
-            log.error("what dead workers left half done was not carried on: the process that tried %s", _died(code))
+            log.error(
+                "what dead workers left half done was not carried on: the process that tried %s", child.died(code)
+            )
         return code == EXIT_OK
 
     def _carry_on(self) -> None:
@@ -315,6 +326,14 @@ class Supervisor:
         now_ns = time.monotonic_ns()
         for pid, number in self._workers.items():
             post = self._board.posts[number]
+            # It may hold the lock of the store, and all others wait for that.
+            stopped_since = (
+                self._stopped.setdefault(number, now_ns) if child.is_stopped(pid) else self._stopped.pop(number, 0)
+            )
+            if stopped_since and now_ns - stopped_since > _STANDSTILL_NS:
+                log.warning("worker %d (process %d) was stopped by a signal; it is killed", number, pid)
+                os.kill(pid, signal.SIGKILL)
+                continue
             since_ns = post.gate_since_ns
             if since_ns and now_ns - since_ns > _STANDSTILL_NS:
                 if self._nudged.get(number) != since_ns:
@@ -368,7 +387,7 @@ class Supervisor:
     def _tried(self, code: int) -> None:
         if code != EXIT_OK:
             said = os.pread(self._said, _SAID_BYTES_MAX, 0).decode(errors="replace").strip()
-            self._refuse_upgrade(said.rpartition("\n")[2] or _died(code))
+            self._refuse_upgrade(said.rpartition("\n")[2] or child.died(code))
             return
         log.info("the installed release takes over")
         logging.shutdown()
@@ -392,7 +411,7 @@ class Supervisor:
         self._wait_for_answers(dead)
         for pid in [*self._workers, *([self._maintenance] if self._maintenance else [])]:
             os.kill(pid, signal.SIGKILL)
-            _wait_for_death(pid)
+            child.wait(pid)
         self._workers.clear()
         self._replace(dead)
         self._start_maintenance()
@@ -411,7 +430,7 @@ class Supervisor:
         if self._failure is None:
             said = os.pread(self._said, _SAID_BYTES_MAX, 0).decode()
             self._failure = MountFailed(
-                said or f"the mount at {self._plan.path} does not answer: who asked {_died(code)}"
+                said or f"the mount at {self._plan.path} does not answer: who asked {child.died(code)}"
             )
         self._ended = True
 
@@ -432,7 +451,9 @@ class Supervisor:
             log.warning("%s is in use; its users have %g s to finish", path, self._plan.grace_s)
             self._start_task("unmount", lambda: mountpoint.take_away(path, lazy=True), lambda _: None)
         elif code != EXIT_OK:
-            log.warning("%s", os.pread(self._said, _SAID_BYTES_MAX, 0).decode() or f"who should unmount {_died(code)}")
+            log.warning(
+                "%s", os.pread(self._said, _SAID_BYTES_MAX, 0).decode() or f"who should unmount {child.died(code)}"
+            )
         self._forced_at = time.monotonic() + self._plan.grace_s
 
     def _end_all(self) -> None:
@@ -448,29 +469,7 @@ class Supervisor:
             time.sleep(_POLL_S)
         for pid in [*self._workers, *self._tasks, *([self._maintenance] if self._maintenance else [])]:
             os.kill(pid, signal.SIGKILL)
-            _wait_for_death(pid)
-
-
-def _wait_for_death(pid: int, patience_s: float = _DEATH_S) -> int:
-    """Wait for the child *pid*; return its exit code, or kill it if it takes too long."""
-    deadline = time.monotonic() + patience_s
-    killed = False
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            if killed:
-                return -signal.SIGKILL  # it waits for a disk; init will bury it
-            os.kill(pid, signal.SIGKILL)
-            killed, deadline = True, time.monotonic() + _DEATH_S
-        time.sleep(_POLL_S)
-
-
-def _died(code: int) -> str:
-    if code >= 0:
-        return f"ended with code {code}"
-    return f"died of {signal.Signals(-code).name}"
+            child.wait(pid)
 
 
 def _in_hand(requests: list[Request]) -> str:
