@@ -1,13 +1,13 @@
 """What supervisor and workers tell each other while they run: one page of shared words, and the answer to INIT.
 
-Owns the page. Must not know requests, nor who acts on what it says. It lives as long as the processes: who takes over
-after an upgrade makes a new one.
+Owns the page. Must not know requests, nor who acts on what it says.
 
 *Concurrency:* each word is stored in one instruction, and has one process that writes it: the supervisor PAUSE, each
 worker the words of its own number. Whoever answers INIT writes the answer, always the same bytes, before its length.
 """
 
 import mmap
+import os
 
 WORKERS_MAX = 16
 
@@ -97,10 +97,14 @@ class Post:
 
 
 class Board:
-    """The page; a child process shares it by fork."""
+    """The page; a child process shares it by fork, the next release by its *descriptor*."""
 
-    def __init__(self) -> None:
-        self._map = mmap.mmap(-1, _PAGE)
+    def __init__(self, descriptor: int | None = None) -> None:
+        if descriptor is None:
+            descriptor = os.memfd_create("imgfs-board", os.MFD_CLOEXEC)
+            os.ftruncate(descriptor, _PAGE)
+        self.descriptor = descriptor
+        self._map = mmap.mmap(descriptor, _PAGE)
         self._words = memoryview(self._map).cast("Q")
         self.posts = [Post(self._words, worker) for worker in range(WORKERS_MAX)]
 

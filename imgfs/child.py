@@ -10,6 +10,7 @@ import faulthandler
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 
 from imgfs.errors import EXIT_BUG, EXIT_OK, ImgfsError
@@ -19,6 +20,10 @@ log = logging.getLogger(__name__)
 # Interrupts a system call, and does nothing else.
 NUDGE = signal.SIGUSR2
 DUMP = signal.SIGUSR1
+
+_POLL_S = 0.0005
+# So long a killed process may take to be gone, where it does not wait for a disk.
+_DEATH_S = 5.0
 
 _PR_SET_NAME = 15
 _PR_SET_PDEATHSIG = 1
@@ -62,3 +67,35 @@ def fork(name: str, work: Callable[[], None], dump_file: int = 2, said: int | No
     finally:
         logging.shutdown()
         os._exit(code)
+
+
+def wait(pid: int, patience_s: float = _DEATH_S) -> int:
+    """Wait for the child *pid*; return its exit code, or kill it if it takes too long."""
+    deadline = time.monotonic() + patience_s
+    killed = False
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            if killed:
+                return -signal.SIGKILL  # it waits for a disk; init will bury it
+            os.kill(pid, signal.SIGKILL)
+            killed, deadline = True, time.monotonic() + _DEATH_S
+        time.sleep(_POLL_S)
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether the process *pid* was stopped, as by SIGSTOP."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"T"
+    except OSError:
+        return False
+
+
+def died(code: int) -> str:
+    """Return how a process ended that exited with *code*, negative for a signal, as a part of a sentence."""
+    if code >= 0:
+        return f"ended with code {code}"
+    return f"died of {signal.Signals(-code).name}"

@@ -29,6 +29,7 @@ import trio
 from imgfs import wire
 from imgfs.board import Board
 from imgfs.device import Device
+from imgfs.errors import MountFailed
 from imgfs.gate import Gate
 from imgfs.requests import TASKS_MAX, Request, Requests, Result
 
@@ -71,6 +72,10 @@ class _Lock:
         self._waiting.unpark()
 
 
+class TrialPassed(Exception):
+    """A worker that was only to be tried has answered INIT as it should."""
+
+
 class _Wait:
     """Counts the handlers that wait for something; `with` it around what they wait for."""
 
@@ -98,10 +103,14 @@ class _Seat:
 class Desk:
     """The requests that one worker has in hand."""
 
-    def __init__(self, worker: int, device: Device, gate: Gate, board: Board, requests: Requests) -> None:
+    def __init__(
+        self, worker: int, device: Device, gate: Gate, board: Board, requests: Requests, *, trial: bool = False
+    ) -> None:
+        """*trial*: answer INIT, raise `TrialPassed`, and touch nothing that is shared."""
         self.wait = _Wait()
         """Handlers that wait for a thread or a lock say so: meanwhile every task gets its turn."""
 
+        self._trial = trial
         self._device = device
         self._gate = gate
         self._board = board
@@ -136,18 +145,20 @@ class Desk:
 
     def _take_over(self) -> None:
         """INIT is answered: tell the kernel if it was not told yet, and put the device where the socket was."""
+        self._took_over = True
         reply = self._ours.recv(_REPLY_BYTES_MAX)
         told = self._board.init_reply
         if not told:
             self._device.answer(reply)
             self._board.init_reply = reply
         elif not wire.same_session(told, reply):
-            raise RuntimeError("this worker would promise the kernel something else than the first one did")
+            raise MountFailed("a worker of this release would promise the kernel something else than was promised")
+        if self._trial:
+            raise TrialPassed
         mine = self._device.descriptor if wire.can_resend(self._device.init) else self._device.clone()
         os.dup2(mine, self._theirs.fileno(), inheritable=False)
         self._ours.close()
         self._poll.register(self._theirs.fileno(), select.POLLIN)
-        self._took_over = True
         self._post.ready = True
 
     # -- one request ------------------------------------------------------------------------------------------

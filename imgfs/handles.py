@@ -61,6 +61,9 @@ class Handles:
                     nonce = nonce + 1 if nonce < _NONCE_MAX else 1
                     handle = index | nonce << 32
                     if note is not None:
+                        # Killed between the two, we leave a note of a handle that was never open. Nobody else may
+                        # give it out, or it would be closed when the note is settled.
+                        self._words[index] = nonce << _NONCE_SHIFT
                         note(handle)
                     self._words[index] = inode & _INODE_MASK | flags << _INODE_BITS | nonce << _NONCE_SHIFT
                     return handle

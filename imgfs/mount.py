@@ -13,17 +13,19 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
-from imgfs import logs, maintenance, mountpoint, worker
+from imgfs import handover, logs, maintenance, mountpoint, worker
 from imgfs.background import in_background
 from imgfs.board import Board
 from imgfs.device import DEVICE, Device, Mounting
 from imgfs.errors import EXIT_OK, Busy, MountFailed
 from imgfs.fs import Manner
+from imgfs.handover import Handover
 from imgfs.options import MountOptions
 from imgfs.settings import Settings
 from imgfs.store import Store
-from imgfs.supervisor import Plan, Supervisor
+from imgfs.supervisor import Plan, Running, Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,9 @@ def mount(store_path: str, mountpoint_path: str, options: MountOptions, *, daemo
     Raises:
         ImgfsError: there is nothing mounted; in the background too, as long as this process waits for it.
     """
-    serve = functools.partial(_serve, os.path.abspath(store_path), os.path.abspath(mountpoint_path), options)
+    serve = functools.partial(
+        _serve, os.path.abspath(store_path), os.path.abspath(mountpoint_path), options, in_background=daemon
+    )
     if daemon:
         return in_background(serve, options.log and os.path.abspath(options.log))
     logs.to_stderr()
@@ -57,7 +61,9 @@ def mount(store_path: str, mountpoint_path: str, options: MountOptions, *, daemo
     return EXIT_OK
 
 
-def _serve(store_path: str, mountpoint_path: str, options: MountOptions, ready: Callable[[], None]) -> None:
+def _serve(
+    store_path: str, mountpoint_path: str, options: MountOptions, ready: Callable[[], None], *, in_background: bool
+) -> None:
     """Do all of it, in order; *ready* is called when the mount answers."""
     _check_fuse(options)
     path = mountpoint.prepare(mountpoint_path, store_path)
@@ -66,15 +72,61 @@ def _serve(store_path: str, mountpoint_path: str, options: MountOptions, ready: 
         _log_recovery(store)
         device = Device.mount(_mounting(store, path, options))
         ours = mountpoint.find(path)
-        try:
-            # What is there now stays in memory that parent and children share: no collection touches it.
-            gc.freeze()
-            Supervisor(_plan(store, path, options, device, ready), device).run()
-        finally:
-            # The device is closed first: pages that a mapping left dirty would wait for an answer in umount.
-            device.close()
-            if ours is not None and mountpoint.find(path) == ours:
-                mountpoint.take_away(path, lazy=True)
+        status = handover.make_status()
+        served = _Served(store_path, path, options, in_background, ours.device if ours else "", status)
+        _supervise(Supervisor(_plan(store, served, device, ready), device), device, served)
+
+
+class _Served(NamedTuple):
+    """A mount, as long as it is served, by whatever release."""
+
+    store_path: str
+    path: str
+    options: MountOptions
+    in_background: bool
+    device_number: str
+    status: int
+
+
+def _supervise(supervisor: Supervisor, device: Device, served: _Served) -> None:
+    """Have it served, and see to it that nothing of the mount is left."""
+    # What is there now stays in memory that parent and children share: no collection touches it.
+    gc.freeze()
+    try:
+        supervisor.run()
+    finally:
+        # The device is closed first: pages that a mapping left dirty would wait for an answer in umount.
+        device.close()
+        left = mountpoint.find(served.path)
+        if left is not None and left.device == served.device_number:
+            mountpoint.take_away(served.path, lazy=True)
+
+
+def take_over(state: Handover) -> int:
+    """Go on serving what another release has handed over; return the exit code."""
+    if state.in_background:
+        logs.to_background(state.options.log and os.path.abspath(state.options.log))
+    else:
+        logs.to_stderr()
+    device = Device(state.device, state.init)
+    served = _Served(
+        state.store_path, state.path, state.options, state.in_background, state.device_number, state.status
+    )
+    running = Running(Board(state.board), state.gate, state.workers, state.maintenance)
+    with Store.attach(state.store_path, state.memory, state.lock, writable=state.options.writable) as store:
+        _supervise(Supervisor(_plan(store, served, device, lambda: None), device, running), device, served)
+    return EXIT_OK
+
+
+def try_to_take_over(state: Handover) -> None:
+    """Return if this release could go on with what another one serves.
+
+    Raises:
+        ImgfsError: the reason why not.
+    """
+    store = Store.attach(state.store_path, state.memory, None, writable=False)
+    device = Device(state.device, state.init)
+    worker.try_init(worker.Common(store, device, state.gate, Board(state.board), _manner(state.options)))
 
 
 def _mounting(store: Store, path: str, options: MountOptions) -> Mounting:
@@ -86,25 +138,55 @@ def _mounting(store: Store, path: str, options: MountOptions) -> Mounting:
     return Mounting(os.path.abspath(store.path), path, frozenset(chosen))
 
 
-def _plan(store: Store, path: str, options: MountOptions, device: Device, ready: Callable[[], None]) -> Plan:
+def _manner(options: MountOptions) -> Manner:
     timeout_s = options.timeout_s
     if timeout_s is None:
         timeout_s = TIMEOUT_S if options.writable else READER_TIMEOUT_S
-    manner = Manner(timeout_s, options.xattrs, options.publish_at_close)
+    return Manner(timeout_s, options.xattrs, options.publish_at_close)
+
+
+def _plan(store: Store, served: _Served, device: Device, ready: Callable[[], None]) -> Plan:
+    options = served.options
+    manner = _manner(options)
     sync_interval_s = options.sync_interval_s or Settings().sync_interval_s
 
     def work(number: int, board: Board, gate: int) -> None:
         worker.work(number, worker.Common(store, device, gate, board, manner))
 
+    def state(running: Running) -> Handover:
+        return Handover(
+            store_path=served.store_path,
+            path=served.path,
+            options=options,
+            in_background=served.in_background,
+            device=device.descriptor,
+            memory=store.memory_descriptor,
+            lock=store.lock_descriptor,
+            status=served.status,
+            board=running.board.descriptor,
+            gate=running.gate,
+            workers=running.workers,
+            maintenance=running.maintenance,
+            init=device.init,
+            device_number=served.device_number,
+        )
+
+    def try_upgrade(running: Running, said: int) -> None:
+        os.dup2(said, 2)
+        handover.become(state(running), handover.TRY)
+
     return Plan(
         store=store,
-        path=path,
+        path=served.path,
         workers=options.workers or min(WORKERS_DEFAULT_MAX, os.cpu_count() or 1),
         grace_s=options.grace_s,
         work=work,
         maintain=functools.partial(maintenance.maintain, store, sync_interval_s) if options.writable else None,
-        announce=functools.partial(_first_answer, path, options),
+        announce=functools.partial(_first_answer, served.path, options),
         ready=ready,
+        try_upgrade=try_upgrade,
+        upgrade=lambda running: handover.become(state(running), handover.GO),
+        status=served.status,
     )
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import sdnotify
 
-from imgfs import child, mountpoint, resend, wire
+from imgfs import child, handover, mountpoint, resend, wire
 from imgfs.board import WORKERS_MAX, Board
 from imgfs.device import Device
 from imgfs.errors import EXIT_BUSY, EXIT_OK, MountFailed
@@ -39,10 +39,10 @@ _GATE_S = 1.0
 _STANDSTILL_NS = 1_000_000_000
 # A worker whose loop had no turn for so long is killed; those that wait for it meanwhile are none the wiser.
 _NO_BEAT_NS = 60_000_000_000
-# So long a killed process may take to be gone, where it does not wait for a disk.
-_DEATH_S = 5.0
 # Workers in a row that died before they answered anything: there is no point in a next one.
 _FRUITLESS_MAX = 5
+# Importing and trying take a second; a machine may be busy.
+_TRIAL_S = 60.0
 _ROLL_FORWARD_S = 60.0
 _ROLL_FORWARD_TRIES = 3
 _POLL_S = 0.0005
@@ -78,23 +78,44 @@ class Plan(NamedTuple):
     announce: Callable[[], None]
     """Wait until the mount answers; raise MountFailed if it does not."""
     ready: Callable[[], None]
+    try_upgrade: Callable[["Running", int], None]
+    """In a child: become the installed release for a trial; its exit code tells whether it could take over, and that
+    file why not."""
+    upgrade: Callable[["Running"], None]
+    """Become the installed release, which goes on; return only if that cannot be, or raise OSError."""
+    status: int
+    """Where `handover.tell` says what became of an upgrade."""
+
+
+class Running(NamedTuple):
+    """The processes of a mount, and what they share; another release can take them over."""
+
+    board: Board
+    gate: int
+    workers: dict[int, int]
+    """Number by pid."""
+    maintenance: int
 
 
 class Supervisor:
     """The processes of one mount."""
 
-    def __init__(self, plan: Plan, device: Device) -> None:
+    def __init__(self, plan: Plan, device: Device, taken_over: Running | None = None) -> None:
+        """*taken_over*: what another release has left running; its workers serve until ours are started."""
         self._plan = plan
         self._store = plan.store
         self._device = device
-        self._board = Board()
-        self._gate_file = make_gate()
+        running = taken_over or Running(Board(), make_gate(), {}, 0)
+        self._takes_over = taken_over is not None
+        self._board = running.board
+        self._gate_file = running.gate
         self._gate = Gate(self._gate_file)
-        self._workers: dict[int, int] = {}  # pid -> number
+        self._workers = dict(running.workers)  # pid -> number
         self._tasks: dict[int, Task] = {}
-        self._maintenance = 0
+        self._maintenance = running.maintenance
         self._fruitless = 0
         self._nudged: dict[int, int] = {}  # number -> since when it held the gate
+        self._stopped: dict[int, int] = {}  # number -> since when it is stopped, by SIGSTOP
         self._stop_signals = 0
         self._forced_at: float | None = None
         self._ended = False
@@ -113,10 +134,12 @@ class Supervisor:
         """
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            for _ in range(self._plan.workers):
-                self._start_worker()
-            self._start_maintenance()
-            self._start_task("announcer", self._plan.announce, self._announced, FIRST_ANSWER_S)
+            if self._takes_over:
+                self._take_over()
+            else:
+                self._start_workers()
+                self._start_maintenance()
+                self._start_task("announcer", self._plan.announce, self._announced, FIRST_ANSWER_S)
             while not self._ended:
                 got = signal.sigtimedwait(_SIGNALS, _TICK_S)
                 if got is not None:
@@ -131,6 +154,8 @@ class Supervisor:
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGCHLD:
             self._reap()
+        elif number == mountpoint.UPGRADE:
+            self._try_upgrade()
         elif number == signal.SIGUSR1:
             self._dump_state()
         else:
@@ -157,6 +182,10 @@ class Supervisor:
         pid = child.fork(f"worker {number}", lambda: self._plan.work(number, self._board, self._gate_file), self._dump)
         self._workers[pid] = number
 
+    def _start_workers(self) -> None:
+        while not self._ended and len(self._workers) < self._plan.workers:
+            self._start_worker()
+
     def _start_maintenance(self) -> None:
         if self._plan.maintain is not None:
             self._maintenance = child.fork("maintenance", self._plan.maintain, self._dump)
@@ -179,35 +208,37 @@ class Supervisor:
                 break
             code = os.waitstatus_to_exitcode(status)
             if pid in self._workers:
-                number = self._workers.pop(pid)
                 if self._device.is_dead():
+                    del self._workers[pid]
                     self._ended = True
                 else:
-                    self._bury(number, pid, code)
-                    dead.append(Dead(number, KILL_BLAME if code == -signal.SIGKILL else CRASH_BLAME))
+                    dead.append(self._bury(self._workers[pid], pid, code))
             elif pid == self._maintenance:
                 self._maintenance = 0
-                log.error("the maintenance process (%d) %s; starting another", pid, _died(code))
+                log.error("the maintenance process (%d) %s; starting another", pid, child.died(code))
                 self._start_maintenance()
             elif pid in self._tasks:
                 self._tasks.pop(pid).then(code)
         if dead and not self._ended:
             self._replace(dead)
 
-    def _bury(self, number: int, pid: int, code: int) -> None:
+    def _bury(self, number: int, pid: int, code: int) -> Dead:
         """Say how a worker died, and note whether it was of any use."""
+        del self._workers[pid]
         post = self._board.posts[number]
         in_hand = [request for _, request, _ in self._store.requests.in_hand(number)]
-        log.error("worker %d (process %d) %s, %s", number, pid, _died(code), _in_hand(in_hand))
+        log.error("worker %d (process %d) %s, %s", number, pid, child.died(code), _in_hand(in_hand))
         killed_idle = code == -signal.SIGKILL and post.ready and not in_hand
         self._fruitless = 0 if post.answered else self._fruitless + (not killed_idle)
         self._nudged.pop(number, None)
+        self._stopped.pop(number, None)
         if self._fruitless >= _FRUITLESS_MAX:
             self._failure = MountFailed(
                 f"{_FRUITLESS_MAX} workers in a row died before they had answered a single request; the last one "
-                f"{_died(code)}; {self._plan.path} is not served any more"
+                f"{child.died(code)}; {self._plan.path} is not served any more"
             )
             self._ended = True
+        return Dead(number, KILL_BLAME if code == -signal.SIGKILL else CRASH_BLAME)
 
     # -- a death ----------------------------------------------------------------------------------------------
 
@@ -236,8 +267,7 @@ class Supervisor:
         finally:
             self._gate.let_go()
             self._board.paused = False
-        while not self._ended and len(self._workers) < self._plan.workers:
-            self._start_worker()
+        self._start_workers()
         log.info(
             "%d of %d workers replaced in %.0f ms", len(dead), self._plan.workers, (time.monotonic() - since) * 1e3
         )
@@ -255,25 +285,35 @@ class Supervisor:
         posts = self._board.posts
         while any(posts[number].in_hand for number in self._workers.values()) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
+            self._collect(dead)
         for number in list(self._workers.values()):
             if posts[number].in_hand:
                 self._kill(number, dead, "it took too long to answer while another was replaced")
+
+    def _collect(self, dead: list[Dead]) -> None:
+        """Add the workers that have died meanwhile to *dead*."""
+        for pid, number in list(self._workers.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                dead.append(self._bury(number, pid, os.waitstatus_to_exitcode(status)))
 
     def _kill(self, number: int, dead: list[Dead], why: str) -> None:
         pid = next(pid for pid, its_number in self._workers.items() if its_number == number)
         requests = [request for _, request, _ in self._store.requests.in_hand(number)]
         log.warning("worker %d (process %d) is killed: %s, %s", number, pid, why, _in_hand(requests))
         os.kill(pid, signal.SIGKILL)
-        _wait_for_death(pid)
+        child.wait(pid)
         del self._workers[pid]
         dead.append(Dead(number, 0))
 
     def _roll_forward(self) -> bool:
         """Have half-applied changes carried on or undone by a child; return whether it could."""
         pid = child.fork("roll forward", self._carry_on, self._dump)
-        code = _wait_for_death(pid, _ROLL_FORWARD_S)
+        code = child.wait(pid, _ROLL_FORWARD_S)
         if code != EXIT_OK:
-            log.error("what dead workers left half done was not carried on: the process that tried %s", _died(code))
+            log.error(
+                "what dead workers left half done was not carried on: the process that tried %s", child.died(code)
+            )
         return code == EXIT_OK
 
     def _carry_on(self) -> None:
@@ -286,6 +326,14 @@ class Supervisor:
         now_ns = time.monotonic_ns()
         for pid, number in self._workers.items():
             post = self._board.posts[number]
+            # It may hold the lock of the store, and all others wait for that.
+            stopped_since = (
+                self._stopped.setdefault(number, now_ns) if child.is_stopped(pid) else self._stopped.pop(number, 0)
+            )
+            if stopped_since and now_ns - stopped_since > _STANDSTILL_NS:
+                log.warning("worker %d (process %d) was stopped by a signal; it is killed", number, pid)
+                os.kill(pid, signal.SIGKILL)
+                continue
             since_ns = post.gate_since_ns
             if since_ns and now_ns - since_ns > _STANDSTILL_NS:
                 if self._nudged.get(number) != since_ns:
@@ -321,6 +369,56 @@ class Supervisor:
         for line in os.pread(self._dump, _DUMP_BYTES_MAX, 0).decode(errors="replace").splitlines():
             log.info("  %s", line)
 
+    # -- an upgrade -------------------------------------------------------------------------------------------
+
+    def _running(self) -> Running:
+        return Running(self._board, self._gate_file, dict(self._workers), self._maintenance)
+
+    def _try_upgrade(self) -> None:
+        """Let the installed release try in a child whether it could take over."""
+        if self._tasks or self._stop_signals or not self._board.init_reply:
+            self._refuse_upgrade("it starts, ends, or tries an upgrade just now; try again")
+            return
+        log.info("SIGHUP: trying the installed release")
+        now_us = time.monotonic_ns() // 1000
+        sdnotify.SystemdNotifier().notify(f"RELOADING=1\nMONOTONIC_USEC={now_us}")
+        self._start_task("trial", lambda: self._plan.try_upgrade(self._running(), self._said), self._tried, _TRIAL_S)
+
+    def _tried(self, code: int) -> None:
+        if code != EXIT_OK:
+            said = os.pread(self._said, _SAID_BYTES_MAX, 0).decode(errors="replace").strip()
+            self._refuse_upgrade(said.rpartition("\n")[2] or child.died(code))
+            return
+        log.info("the installed release takes over")
+        logging.shutdown()
+        try:
+            self._plan.upgrade(self._running())
+        except OSError as error:
+            self._refuse_upgrade(str(error))
+
+    def _refuse_upgrade(self, reason: str) -> None:
+        log.error("the old release goes on, the installed one cannot take over: %s", reason)
+        handover.tell(self._plan.status, reason)
+        sdnotify.SystemdNotifier().notify("READY=1")
+
+    def _take_over(self) -> None:
+        """Put workers of this release in the place of those of the old one."""
+        since = time.monotonic()
+        self._reap()
+        dead: list[Dead] = []
+        self._board.paused = True
+        self._take_gate(dead)
+        self._wait_for_answers(dead)
+        for pid in [*self._workers, *([self._maintenance] if self._maintenance else [])]:
+            os.kill(pid, signal.SIGKILL)
+            child.wait(pid)
+        self._workers.clear()
+        self._replace(dead)
+        self._start_maintenance()
+        log.info("taken over in %.0f ms", (time.monotonic() - since) * 1e3)
+        handover.tell(self._plan.status, "")
+        sdnotify.SystemdNotifier().notify("READY=1")
+
     # -- the end ----------------------------------------------------------------------------------------------
 
     def _announced(self, code: int) -> None:
@@ -332,7 +430,7 @@ class Supervisor:
         if self._failure is None:
             said = os.pread(self._said, _SAID_BYTES_MAX, 0).decode()
             self._failure = MountFailed(
-                said or f"the mount at {self._plan.path} does not answer: who asked {_died(code)}"
+                said or f"the mount at {self._plan.path} does not answer: who asked {child.died(code)}"
             )
         self._ended = True
 
@@ -353,7 +451,9 @@ class Supervisor:
             log.warning("%s is in use; its users have %g s to finish", path, self._plan.grace_s)
             self._start_task("unmount", lambda: mountpoint.take_away(path, lazy=True), lambda _: None)
         elif code != EXIT_OK:
-            log.warning("%s", os.pread(self._said, _SAID_BYTES_MAX, 0).decode() or f"who should unmount {_died(code)}")
+            log.warning(
+                "%s", os.pread(self._said, _SAID_BYTES_MAX, 0).decode() or f"who should unmount {child.died(code)}"
+            )
         self._forced_at = time.monotonic() + self._plan.grace_s
 
     def _end_all(self) -> None:
@@ -369,29 +469,7 @@ class Supervisor:
             time.sleep(_POLL_S)
         for pid in [*self._workers, *self._tasks, *([self._maintenance] if self._maintenance else [])]:
             os.kill(pid, signal.SIGKILL)
-            _wait_for_death(pid)
-
-
-def _wait_for_death(pid: int, patience_s: float = _DEATH_S) -> int:
-    """Wait for the child *pid*; return its exit code, or kill it if it takes too long."""
-    deadline = time.monotonic() + patience_s
-    killed = False
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            if killed:
-                return -signal.SIGKILL  # it waits for a disk; init will bury it
-            os.kill(pid, signal.SIGKILL)
-            killed, deadline = True, time.monotonic() + _DEATH_S
-        time.sleep(_POLL_S)
-
-
-def _died(code: int) -> str:
-    if code >= 0:
-        return f"ended with code {code}"
-    return f"died of {signal.Signals(-code).name}"
+            child.wait(pid)
 
 
 def _in_hand(requests: list[Request]) -> str:

@@ -13,8 +13,9 @@ import pyfuse3
 import trio
 
 from imgfs.board import Board
-from imgfs.desk import Desk, at_desk
+from imgfs.desk import Desk, TrialPassed, at_desk
 from imgfs.device import Device
+from imgfs.errors import MountFailed
 from imgfs.fs import Filesystem, Manner
 from imgfs.gate import Gate
 from imgfs.store import Store
@@ -44,6 +45,24 @@ def work(number: int, common: Common) -> None:
     filesystem = at_desk(desk, Filesystem(store, desk, common.manner))
     pyfuse3.init(filesystem, desk.session_path, {"default_permissions"})
     trio.run(_serve, common.board, number)
+
+
+def try_init(common: Common) -> None:
+    """Return if a worker of this release would answer INIT as it was answered; nothing is served.
+
+    Raises:
+        MountFailed: it would not.
+    """
+    desk = Desk(0, common.device, Gate(common.gate), common.board, common.store.requests, trial=True)
+    desk.install()
+    pyfuse3.init(Filesystem(common.store, desk, common.manner), desk.session_path, {"default_permissions"})
+    try:
+        trio.run(pyfuse3.main)
+    except BaseExceptionGroup as group:
+        if group.subgroup(TrialPassed) is not None:
+            return
+        raise MountFailed(f"a worker of this release fails at INIT: {group.exceptions[0]}") from None
+    raise MountFailed("a worker of this release does not answer INIT")
 
 
 async def _serve(board: Board, number: int) -> None:

@@ -297,10 +297,17 @@ class Mounted:
         self._watchdog: threading.Timer | None = None
 
     def start(
-        self, options: str = "allow_other", *, store: Path | None = None, environment: dict[str, str] | None = None
+        self,
+        options: str = "allow_other",
+        *,
+        store: Path | None = None,
+        environment: dict[str, str] | None = None,
+        fault: tuple[str, str] | None = None,
+        answers: bool = True,
     ) -> None:
-        """Mount, and return when the mount answers."""
-        command = [sys.executable, "-m", "imgfs", "mount", "-o", options, store or self.store, self.point]
+        """Mount, and return when the mount *answers*; *fault*: what goes wrong, as `faulty_daemon.py` takes it."""
+        program = [PROJECT / "tests" / "faulty_daemon.py", *fault] if fault else ["-m", "imgfs"]
+        command = [sys.executable, *program, "mount", "-o", options, store or self.store, self.point]
         with open(self.log, "ab") as log:
             start = log.tell()
             self.process = subprocess.Popen(
@@ -314,7 +321,8 @@ class Mounted:
         # Who waits for a daemon that hangs cannot be interrupted, but gets an error when it is killed.
         self._watchdog = threading.Timer(WATCHDOG_S, self.process.kill)
         self._watchdog.start()
-        wait_until(lambda: b"mounted at" in self._logged_since(start), "the mount answers", process=self.process)
+        if answers:
+            wait_until(lambda: b"mounted at" in self._logged_since(start), "the mount answers", process=self.process)
 
     def stop(self) -> None:
         """Unmount as a user does; the daemon has to end by itself, and well."""

@@ -6,6 +6,7 @@ Owns their options. Must not know how a mount works.
 import click
 
 from imgfs.cli.text import echo
+from imgfs.handover import ask
 from imgfs.mountpoint import unmount
 from imgfs.options import parse
 
@@ -48,3 +49,18 @@ def umount_command(mountpoint: str, lazy: bool) -> None:
     """
     unmount(mountpoint, lazy=lazy)
     echo(f"unmounted {mountpoint}")
+
+
+@click.command("upgrade")
+@click.argument("mountpoint", metavar="MOUNTPOINT")
+def upgrade_command(mountpoint: str) -> None:
+    """Let the release of imgfs that is installed now serve MOUNTPOINT; who uses it notices a pause at most.
+
+    It is tried first. If it cannot take over, the running release goes on, and the command says why.
+
+    \b
+    Example:
+      pip install -U imgfs && imgfs upgrade /srv/photos
+    """
+    ask(mountpoint)
+    echo(f"{mountpoint} is served by the installed release")
