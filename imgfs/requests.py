@@ -155,6 +155,7 @@ class Requests:
                         self._handles.free(handle)
                     if blame and self._add_blame(request, blame) >= BLAME_MAX:
                         poisoned.append(request)
+                        self._notes[self._find(request) + _OPCODE] = 0
             self.end(row)
         return poisoned
 

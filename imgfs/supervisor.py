@@ -6,6 +6,7 @@ nothing that can fail, or take long; what can is done by a child.
 *Concurrency:* one thread, no event loop; it waits for signals, SIGCHLD among them. Children share memory with it.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -228,8 +229,9 @@ class Supervisor:
         post = self._board.posts[number]
         in_hand = [request for _, request, _ in self._store.requests.in_hand(number)]
         log.error("worker %d (process %d) %s, %s", number, pid, child.died(code), _in_hand(in_hand))
-        killed_idle = code == -signal.SIGKILL and post.ready and not in_hand
-        self._fruitless = 0 if post.answered else self._fruitless + (not killed_idle)
+        # Who was sent SIGKILL while it served did not fail; one that the kernel kills at its start, for memory, did.
+        chosen = code == -signal.SIGKILL and post.ready
+        self._fruitless = 0 if post.answered else self._fruitless + (not chosen)
         self._nudged.pop(number, None)
         self._stopped.pop(number, None)
         if self._fruitless >= _FRUITLESS_MAX:
@@ -252,9 +254,9 @@ class Supervisor:
             for _ in range(_ROLL_FORWARD_TRIES):
                 if self._roll_forward():
                     break
-            if self._can_resend:
-                write_bytes_max = wire.max_write(self._board.init_reply) if self._board.init_reply else 0
-                resend.settle(self._store, self._device, dead, write_bytes_max)
+            reply = self._board.init_reply
+            if self._can_resend and reply:
+                resend.settle(self._store, self._device, dead, wire.max_write(reply))
             else:
                 for number, _ in dead:
                     self._store.settle(number, [], blame=0)
@@ -263,7 +265,8 @@ class Supervisor:
                 self._ended = True
             else:
                 log.exception("not all that dead workers had in hand was settled; it is sent again all the same")
-                self._device.resend()
+                with contextlib.suppress(OSError):
+                    self._device.resend()
         finally:
             self._gate.let_go()
             self._board.paused = False
