@@ -92,12 +92,13 @@ class _Wait:
 class _Seat:
     """One task of pyfuse3's main loop."""
 
-    __slots__ = ("has_buffer", "request", "row")
+    __slots__ = ("applied", "has_buffer", "request", "row")
 
     def __init__(self, row: int) -> None:
         self.row = row
         self.request: Request | None = None
         self.has_buffer = False
+        self.applied: Result | None = None  # what `resent` will return
 
 
 class Desk:
@@ -186,7 +187,7 @@ class Desk:
             seat = self._seats[task] = _Seat(self._first_row + len(self._seats))
         elif seat.request is not None:
             self._requests.end(seat.row)
-            seat.request = None
+            seat.request = seat.applied = None
             post = self._post
             post.in_hand -= 1
             post.answered += 1
@@ -198,7 +199,19 @@ class Desk:
     def resent(self) -> Result | None:
         """Return what the request of the task that calls was applied with before, if it was; only once."""
         seat = self._seats[trio.lowlevel.current_task()]
-        return None if seat.request is None else self._requests.resent(seat.row, seat.request)
+        if seat.applied is not None or seat.request is None:
+            return seat.applied
+        return self._requests.resent(seat.row, seat.request)
+
+    def expect_setxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """Raise FUSEError if the request of the task that calls, a getxattr, is a setxattr that was applied before.
+
+        For a setxattr that must create, pyfuse3 asks by getxattr first, and answers EEXIST by itself.
+        """
+        seat = self._seats[trio.lowlevel.current_task()]
+        seat.applied = self._requests.resent(seat.row, wire.HANDLERS["setxattr"](inode, name, b"", ctx))
+        if seat.applied is not None:
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
 
     # -- the gate ---------------------------------------------------------------------------------------------
 

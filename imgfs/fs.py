@@ -261,13 +261,15 @@ class Filesystem(pyfuse3.Operations):
     # -- extended attributes ----------------------------------------------------------------------------------
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        self._desk.expect_setxattr(inode, name, ctx)
         return await self._cold(self._with_xattrs(self._store.get_xattr), inode, name)
 
     async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
         return await self._cold(self._with_xattrs(self._store.list_xattrs), inode)
 
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self._change(self._with_xattrs(self._store.set_xattr), inode, name, value)
+        if self._desk.resent() is None:
+            await self._change(self._with_xattrs(self._store.set_xattr), inode, name, value)
 
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         if self._desk.resent() is None:

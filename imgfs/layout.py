@@ -106,7 +106,7 @@ REQUEST = struct.Struct("<8Q")
 WORKERS_MAX = 16
 TASKS_MAX = 128  # requests one worker has in hand at the same time
 REQUESTS_MAX = WORKERS_MAX * TASKS_MAX
-# A request of a worker that died, which the kernel resent: the same, deaths of workers, time in ns
+# A request of a worker that died, which the kernel resent: the same, 0, time in ns
 NOTE = struct.Struct("<10Q")
 
 # inode, flags, owner, size, mtime ns, ctime ns, process that created it, name length, name

@@ -24,11 +24,6 @@ from imgfs.memory import Memory
 __all__ = ["NOBODY", "TASKS_MAX", "WORKERS_MAX", "Request", "Requests", "Result"]
 
 NOBODY = -1  # in place of a row: what is done is not done for a request
-# What a death says of each request that was in hand: a worker that crashed did so for a reason, one that was sent
-# SIGKILL may just have been chosen. With so much blame a request is not handed to another worker.
-CRASH_BLAME = 3
-KILL_BLAME = 1
-BLAME_MAX = 2 * CRASH_BLAME
 # What the kernel resends is read at once; a request that its sender gave up meanwhile never comes.
 _NOTE_NS = 60 * 1_000_000_000
 
@@ -36,7 +31,7 @@ _RESULT = struct.Struct("<QQ")
 _ROW_WORDS = REQUEST.size // 8
 _NOTE_WORDS = NOTE.size // 8
 # Words of a row, and of a note.
-_HANDLE, _INODE, _APPLIED, _PID, _NODE, _KEY, _SPARE, _OPCODE, _BLAME, _TIME = range(10)
+_HANDLE, _INODE, _APPLIED, _PID, _NODE, _KEY, _SPARE, _OPCODE, _UNUSED, _TIME = range(10)
 
 
 class Request(NamedTuple):
@@ -135,15 +130,14 @@ class Requests:
         for row in range(worker * TASKS_MAX, (worker + 1) * TASKS_MAX):
             self.end(row)
 
-    def settle(self, worker: int, resent: Sequence[Request], *, blame: int) -> list[Request]:
-        """Settle what *worker*, which died, had in hand; return what no other worker should be given.
+    def settle(self, worker: int, resent: Sequence[Request]) -> list[Request]:
+        """Settle what *worker*, which died, had in hand; return what has to be done again.
 
-        *resent* is all that the kernel sent again. *blame*: how much speaks for one of these being why it died; 0
-        if it was only in the way.
-        Comes after `Store.roll_forward`, which may find that one of them was applied.
+        *resent* is all that the kernel sent again. Comes after `Store.roll_forward`, which may find that one of them
+        was applied.
         """
         self._forget_notes_but(resent)
-        waiting, poisoned = Counter(resent), []
+        waiting, again = Counter(resent), []
         for row, request, result in self.in_hand(worker):
             if waiting[request]:
                 waiting[request] -= 1
@@ -153,10 +147,9 @@ class Requests:
                     handle = self._rows[_ROW_WORDS * row + _HANDLE]
                     if handle:
                         self._handles.free(handle)
-                    if blame and self._add_blame(request, blame) >= BLAME_MAX:
-                        poisoned.append(request)
+                    again.append(request)
             self.end(row)
-        return poisoned
+        return again
 
     # -- the list ---------------------------------------------------------------------------------------------
 
@@ -211,10 +204,3 @@ class Requests:
         self._notes[at + _TIME] = time.monotonic_ns()
         self._notes[at + _APPLIED] = 1
         self._memory.words[Word.NOTES] += 1
-
-    def _add_blame(self, request: Request, blame: int) -> int:
-        at = self._find(request)
-        if at < 0:
-            return 0
-        self._notes[at + _BLAME] += blame
-        return self._notes[at + _BLAME]

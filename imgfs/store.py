@@ -117,9 +117,9 @@ class Store(Xattrs):
         if self._log is not None:
             self._log.requester = row
 
-    def settle(self, worker: int, resent: Sequence[Request], *, blame: int) -> list[Request]:
+    def settle(self, worker: int, resent: Sequence[Request]) -> list[Request]:
         """Settle what a worker that died had in hand, as `Requests.settle`; comes after `roll_forward`."""
-        return self.requests.settle(worker, resent, blame=blame)
+        return self.requests.settle(worker, resent)
 
     def lock(self) -> AbstractContextManager[None]:
         """Be the only one who may change the store; a change takes it by itself."""

@@ -6,6 +6,7 @@ nothing that can fail, or take long; what can is done by a child.
 *Concurrency:* one thread, no event loop; it waits for signals, SIGCHLD among them. Children share memory with it.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -15,13 +16,13 @@ from typing import NamedTuple
 
 import sdnotify
 
-from imgfs import child, handover, mountpoint, resend, wire
+from imgfs import child, handover, mountpoint, wire
 from imgfs.board import WORKERS_MAX, Board
 from imgfs.device import Device
 from imgfs.errors import EXIT_BUSY, EXIT_OK, MountFailed
 from imgfs.gate import Gate, make_gate
-from imgfs.requests import CRASH_BLAME, KILL_BLAME, Request
-from imgfs.resend import Dead
+from imgfs.requests import Request
+from imgfs.resend import CRASH_BLAME, KILL_BLAME, Dead, Resending
 from imgfs.store import Store
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ _STANDSTILL_NS = 1_000_000_000
 # A worker whose loop had no turn for so long is killed; those that wait for it meanwhile are none the wiser.
 _NO_BEAT_NS = 60_000_000_000
 # Workers in a row that died before they answered anything: there is no point in a next one.
+# One that was sent SIGKILL before it served counts for a third of one that crashed, and later not at all: it may just
+# have been chosen.
 _FRUITLESS_MAX = 5
 # Importing and trying take a second; a machine may be busy.
 _TRIAL_S = 60.0
@@ -106,6 +109,7 @@ class Supervisor:
         self._store = plan.store
         self._device = device
         running = taken_over or Running(Board(), make_gate(), {}, 0)
+        self._resending = Resending(plan.store, device)
         self._takes_over = taken_over is not None
         self._board = running.board
         self._gate_file = running.gate
@@ -228,17 +232,18 @@ class Supervisor:
         post = self._board.posts[number]
         in_hand = [request for _, request, _ in self._store.requests.in_hand(number)]
         log.error("worker %d (process %d) %s, %s", number, pid, child.died(code), _in_hand(in_hand))
-        killed_idle = code == -signal.SIGKILL and post.ready and not in_hand
-        self._fruitless = 0 if post.answered else self._fruitless + (not killed_idle)
+        blame = KILL_BLAME if code == -signal.SIGKILL else CRASH_BLAME
+        chosen = code == -signal.SIGKILL and post.ready
+        self._fruitless = 0 if post.answered else self._fruitless + (0 if chosen else blame)
         self._nudged.pop(number, None)
         self._stopped.pop(number, None)
-        if self._fruitless >= _FRUITLESS_MAX:
+        if self._fruitless >= _FRUITLESS_MAX * CRASH_BLAME:
             self._failure = MountFailed(
                 f"{_FRUITLESS_MAX} workers in a row died before they had answered a single request; the last one "
                 f"{child.died(code)}; {self._plan.path} is not served any more"
             )
             self._ended = True
-        return Dead(number, KILL_BLAME if code == -signal.SIGKILL else CRASH_BLAME)
+        return Dead(number, blame)
 
     # -- a death ----------------------------------------------------------------------------------------------
 
@@ -252,18 +257,19 @@ class Supervisor:
             for _ in range(_ROLL_FORWARD_TRIES):
                 if self._roll_forward():
                     break
-            if self._can_resend:
-                write_bytes_max = wire.max_write(self._board.init_reply) if self._board.init_reply else 0
-                resend.settle(self._store, self._device, dead, write_bytes_max)
+            reply = self._board.init_reply
+            if self._can_resend and reply:
+                self._resending.settle(dead, wire.max_write(reply))
             else:
                 for number, _ in dead:
-                    self._store.settle(number, [], blame=0)
+                    self._store.settle(number, [])
         except Exception:
             if self._device.is_dead():
                 self._ended = True
             else:
                 log.exception("not all that dead workers had in hand was settled; it is sent again all the same")
-                self._device.resend()
+                with contextlib.suppress(OSError):
+                    self._device.resend()
         finally:
             self._gate.let_go()
             self._board.paused = False

@@ -3,7 +3,7 @@
 Owns the faults. It runs the real program; only the one thing that a fault names goes wrong.
 """
 
-import errno
+import ctypes
 import os
 import signal
 import sys
@@ -69,7 +69,7 @@ def hold_the_gate(marker: str) -> None:
     def hold(self: Desk) -> bool:
         got = try_gate(self)
         if got and _claim(marker) is not None:
-            signal.sigtimedwait([], 3600)
+            ctypes.PyDLL(None).pause()
         return got
 
     Desk._try_gate = hold  # type: ignore[method-assign]
@@ -133,8 +133,7 @@ def _claim(marker: str) -> int | None:
     """Take the file *marker*, if nobody else has; return the number in it."""
     try:
         os.rename(marker, f"{marker}.{os.getpid()}")
-    except OSError as error:
-        assert error.errno == errno.ENOENT
+    except FileNotFoundError:
         return None
     with open(f"{marker}.{os.getpid()}") as file:
         number = int(file.read() or 0)

@@ -322,7 +322,7 @@ def test_a_crash_loop_ends_with_a_clear_message(stopped: Mounted) -> None:
     stopped.wait_for_end(EXIT_MOUNT)
     assert mountpoint.find(str(stopped.point)) is None
     assert owner(str(stopped.store)) is None
-    assert stopped.log.read_text().count("ended with code 3") == 5
+    assert stopped.log.read_text().count("worker 0 (process") == 5
 
 
 def test_a_worker_that_hangs_while_it_holds_the_gate_is_interrupted(stopped: Mounted, tmp_path: Path) -> None:
@@ -350,10 +350,8 @@ def test_a_worker_that_hangs_in_a_request_does_not_hold_up_the_others(stopped: M
     for number in range(20):
         (stopped.point / f"{number}").write_bytes(b"x")
     assert seen == []
-    hanging = [pid for pid in stopped.children("worker") if "in the kernel" or pid]
-    # The death of the other one must not wait for it: what it holds is sent to another worker, and answered.
-    for pid in hanging:
-        os.kill(pid, signal.SIGKILL)
+    # Whichever dies: what the other one holds is sent again after a moment, and answered.
+    os.kill(stopped.children("worker")[0], signal.SIGKILL)
     asking.join(30)
     assert seen == [b"x"]
 
@@ -481,8 +479,10 @@ def test_the_grace_is_an_option(stopped: Mounted) -> None:
     stopped.expected_log += [r".* is in use; its users have 0.1 s to finish", r"somebody still uses .*"]
     stopped.start("grace=0.1")
     (stopped.point / "image").write_bytes(b"x")
-    with open(stopped.point / "image", "rb"):
-        stopped.terminate()
+    reading = os.open(stopped.point / "image", os.O_RDONLY)
+    stopped.terminate()
+    with pytest.raises(OSError, match="not connected"):
+        os.close(reading)
     assert mountpoint.find(str(stopped.point)) is None
 
 
