@@ -49,6 +49,10 @@ class Step:
     arguments: tuple[object, ...] = ()
 
 
+PAUSE = Step("")
+"""Nothing is called, and nothing is half done."""
+
+
 def pattern(worker: int, version: int, size: int) -> bytes:
     """Return bytes of an image that tell whether they are whole: a reader can check them."""
     head = b"%d %d %d " % (worker, version, size)
@@ -76,6 +80,7 @@ class Course:
         while True:
             ways = [self._store, self._store, self._folder, self._rename, self._unlink, self._link, self._swap]
             yield from self._random.choice(ways)()
+            yield PAUSE
 
     def _name(self) -> tuple[int, bytes]:
         return self._random.choice(self._directories), b"%d-%d" % (self._worker, self._random.randrange(NAMES))
@@ -104,44 +109,42 @@ class Course:
         yield Step("write", (0, data[:half]))
         yield Step("flush")
         yield Step("release")
-        self.files[where] = data
         yield Step("rename", (*passing, *where))
+        self.files[where] = data
 
     def _folder(self) -> Iterator[Step]:
         where = self._free()
         if where is not None:
-            self.folders.add(where)
             yield Step("mkdir", (*where, 0o755, 1, 1))
+            self.folders.add(where)
         elif self.folders:
             where = self._random.choice(sorted(self.folders))
-            self.folders.remove(where)
             yield Step("rmdir", where)
+            self.folders.remove(where)
 
     def _rename(self) -> Iterator[Step]:
         source, target = self._taken(), self._free()
         if source is not None and target is not None:
-            self.files[target] = self.files.pop(source)
             yield Step("rename", (*source, *target))
+            self.files[target] = self.files.pop(source)
 
     def _unlink(self) -> Iterator[Step]:
         where = self._taken()
         if where is not None and self._random.random() < 0.5:
-            del self.files[where]
             yield Step("unlink", where)
+            del self.files[where]
 
     def _link(self) -> Iterator[Step]:
         where = self._free()
         if where is not None:
-            self.files[where] = b""
             yield Step("symlink", (*where, b"target of %d" % self._worker, 1, 1))
-            del self.files[where]
             yield Step("unlink", where)
 
     def _swap(self) -> Iterator[Step]:
         one, other = self._taken(), self._taken()
         if one is not None and other is not None and one != other:
-            self.files[one], self.files[other] = self.files[other], self.files[one]
             yield Step("exchange", (*one, *other))
+            self.files[one], self.files[other] = self.files[other], self.files[one]
 
 
 def request_of(worker: int, number: int) -> Request:
@@ -149,32 +152,39 @@ def request_of(worker: int, number: int) -> Request:
     return Request(1 + worker, 1000 + worker, ROOT, number)
 
 
+def look_of(worker: int) -> Request:
+    """Return the request in hand while client *worker* looks at what others wrote."""
+    return Request(100 + worker, 1000 + worker, ROOT, 0)
+
+
 def serve(store: Store, worker: int, seat: int, answers: Answers, directories: tuple[int, ...], last: int) -> None:
-    """Be a worker: answer the requests of client *worker* from the first without an answer on, up to number *last*."""
+    """Be a worker: answer the requests of client *worker* from the first without an answer on, to the first pause from number *last* on."""
     done, handle = answers.get(worker)
     row = seat * TASKS_MAX
     looks = Random()
     for number, step in enumerate(Course(worker, directories).steps()):
         if number < done:
             continue
-        if number >= last:
+        if number >= last and step is PAUSE:
             return
         request = request_of(worker, number)
         store.requests.begin(row, request)
         known = store.requests.resent(row, request)
-        if known is not None:
-            handle = known.handle or handle
-        else:
-            handle = _call(store, step, handle, row)
+        handle = (known.handle or handle) if known is not None else _call(store, step, handle, row)
         answers.put(worker, number + 1, handle)
         store.requests.end(row)
         if number % 4 == 0:
-            look(store, looks, directories)
+            # A request that is as if it was never answered: its handle is closed if we die.
+            store.requests.begin(row + 1, look_of(worker))
+            look(store, looks, directories, row + 1)
+            store.requests.end(row + 1)
         if number % 50 == worker:
             store.sync()
 
 
 def _call(store: Store, step: Step, handle: int, row: int) -> int:
+    if step is PAUSE:
+        return handle
     store.requester = row
     try:
         if step.call in ("write", "flush", "release"):
@@ -190,19 +200,19 @@ def _call(store: Store, step: Step, handle: int, row: int) -> int:
         store.requester = NOBODY
 
 
-def look(store: Store, random: Random, directories: tuple[int, ...]) -> None:
+def look(store: Store, random: Random, directories: tuple[int, ...], row: int) -> None:
     """Read an image of anybody that has its final name: it is whole."""
     entries = [entry for entry in store.list(random.choice(directories)) if not entry.name.endswith(PASSING)]
     if not entries:
         return
     entry = random.choice(entries)
     try:
-        handle = store.open_image(entry.inode)
+        handle = store.open_image(entry.inode, row=row)
     except (IsADirectory, NotFound, Stale):
         return
     try:
         data = bytes(store.read(handle, 0, 100_000))
-        assert is_pattern(data) or data.startswith(b"target"), data[:100]
+        assert data.startswith(b"target") or is_pattern(data), data[:100]
     except Stale:
         pass  # its slot was given away between the two
     finally:

@@ -3,22 +3,25 @@
 import os
 import signal
 import time
+import traceback
 from random import Random
 
 import pytest
-from crowd import Answers, Course, request_of, serve
+from crowd import PAUSE, Answers, Course, look_of, request_of, serve
 from killed_store import new_store, on_disk
 from mortal import DEADLINE_S, in_process
 from stores import tree
 
 from imgfs.format import Kind
-from imgfs.requests import TASKS_MAX, WORKERS_MAX
+from imgfs.requests import WORKERS_MAX
 from imgfs.settings import KIB, Settings
 from imgfs.store import ROOT, Store
 
 CLIENTS = 3
 # Small volumes: sealing one and beginning the next is where most can go wrong.
 SETTINGS = Settings(volume_bytes_max=256 * KIB, headroom_bytes=0, checkpoint_needles=200, rest_slots=8)
+# On a machine that has much else to do, workers that are killed as soon as they start would never get to an end.
+KILLS_MAX = 60
 SOAK = int(os.environ.get("IMGFS_SOAK", "1"))
 
 
@@ -39,17 +42,22 @@ class Crew:
 
         def work() -> None:
             self.store.after_fork()
-            self.store.roll_forward()
-            serve(self.store, client, seat, self.answers, self._directories, self._last)
+            try:
+                self.store.roll_forward()
+                serve(self.store, client, seat, self.answers, self._directories, self._last)
+            except BaseException:
+                traceback.print_exc()
+                raise
 
         self.pids[client] = in_process(work), seat
 
     def bury(self, client: int, seat: int) -> None:
         """Do what follows the death of a worker: the kernel sends again what was not answered."""
-        self.store.roll_forward()
-        done, _ = self.answers.get(client)
-        resent = [request_of(client, done)]
-        assert self.store.settle(seat, resent, by_itself=False) == []
+        with self.store.lock():  # in place of the gate: a living worker takes no note meanwhile
+            self.store.roll_forward()
+            resent = [request_of(each, self.answers.get(each)[0]) for each in range(CLIENTS)]
+            again = self.store.settle(seat, [*resent, look_of(client)])
+            assert {*again} <= {resent[client], look_of(client)}
 
     def reap(self) -> bool:
         """Replace who was killed; return whether anybody still works."""
@@ -74,12 +82,12 @@ class Crew:
 
 
 def expected(directories: dict[int, bytes], last: int) -> dict[bytes, bytes | None]:
-    """Return what all paths hold when each client has its *last* answer; None for a directory."""
+    """Return what all paths hold when each client has stopped behind request *last*; None for a directory."""
     paths: dict[bytes, bytes | None] = dict.fromkeys(directories.values())
     for client in range(CLIENTS):
         course = Course(client, tuple(directories))
-        for number, _ in enumerate(course.steps()):
-            if number >= last:
+        for number, step in enumerate(course.steps()):
+            if number >= last and step is PAUSE:
                 break
         for (directory, name), data in course.files.items():
             paths[directories[directory] + b"/" + name] = data
@@ -92,9 +100,9 @@ def held(store: Store) -> dict[bytes, bytes | None]:
     return {path: None if found.kind == Kind.DIRECTORY else found.data for path, found in tree(store).items()}
 
 
-@pytest.mark.parametrize("pause_s", [0.002, 0.02, 0.1])
+@pytest.mark.parametrize("pause_s", [0.01, 0.03, 0.1])
 def test_workers_that_are_killed_at_random(pause_s: float) -> None:
-    random, last = Random(pause_s), 300 * SOAK
+    random, last = Random(pause_s), 1000 * SOAK
     with new_store(SETTINGS) as store:
         directories = {store.mkdir(ROOT, b"d%d" % number, 0o755, 0, 0): b"/d%d" % number for number in range(2)}
         crew = Crew(store, tuple(directories), last)
@@ -106,7 +114,7 @@ def test_workers_that_are_killed_at_random(pause_s: float) -> None:
             while crew.reap():
                 assert time.monotonic() < deadline, [crew.answers.get(client) for client in range(CLIENTS)]
                 time.sleep(random.uniform(0, 2 * pause_s))
-                if crew.pids:
+                if crew.pids and kills < KILLS_MAX * SOAK:
                     os.kill(crew.pids[random.choice(sorted(crew.pids))][0], signal.SIGKILL)
                     kills += 1
         finally:
@@ -121,4 +129,3 @@ def test_workers_that_are_killed_at_random(pause_s: float) -> None:
         with on_disk(store) as twin:
             assert held(twin) == wanted
             assert not twin.report.damage
-        assert TASKS_MAX > 1
