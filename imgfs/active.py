@@ -308,27 +308,32 @@ class Active:
         words = self._words
         self._sync_volume(self.volume, Range(words[Word.ACTIVE], words[Word.ACTIVE_END], words[Word.FAILURES]))
 
-    def _sync_volume(self, volume: Volume, wanted: Range | None = None) -> None:
+    def _sync_volume(self, volume: Volume, wanted: Range) -> None:
         """Make *volume* durable, unless another process has done that for the range that is *wanted*."""
         words = self._words
         # The kernel reports a lost page once for an open file and then forgets it: no later sync would say the truth,
         # nor one at the same time, such as that of a seal.
         with self._memory.one_sync:
             self._check()
-            if wanted is not None:
-                if words[Word.FAILURES] != wanted.failures:
-                    raise DiskFailure(f"{volume.path}: {_FAILURES[Failure.LOST]}")
-                synced = words[Word.SYNCED]
-                if synced >> _SYNCED_SHIFT == wanted.entry and synced & _SYNCED_MASK >= wanted.end:
-                    return
+            if words[Word.FAILURES] != wanted.failures:
+                raise DiskFailure(f"{volume.path}: {_FAILURES[Failure.LOST]}")
+            synced = words[Word.SYNCED]
+            if synced >> _SYNCED_SHIFT == wanted.entry and synced & _SYNCED_MASK >= wanted.end:
+                return
             try:
+                if words[Word.SYNCING] and words[Word.ACTIVE] == wanted.entry:
+                    # Who was killed within a sync may have been told of lost pages, as nobody will be again: they are
+                    # written once more, so that this sync means them, too.
+                    volume.write_again(words[Word.DURABLE], wanted.end)
+                words[Word.SYNCING] = 1
                 volume.sync()
             except OSError as error:
                 words[Word.FAILURES] += 1
                 self._fail(Failure.LOST, error)
+                words[Word.SYNCING] = 0
                 raise
-            if wanted is not None:
-                words[Word.SYNCED] = wanted.entry << _SYNCED_SHIFT | wanted.end
+            words[Word.SYNCED] = wanted.entry << _SYNCED_SHIFT | wanted.end
+            words[Word.SYNCING] = 0
 
     def _sync_names(self) -> None:
         try:

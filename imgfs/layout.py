@@ -51,6 +51,7 @@ class Word:
     RARE_FREE = 31  # its first free entry + 1
     RARE_COUNT = 32  # its entries in use
     FAILURES = 33  # syncs that failed
+    SYNCING = 34  # 1 while a sync runs, or if its process was killed
     ARENA_FREE = 64  # 32 words: first free region of each size
 
 

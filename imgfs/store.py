@@ -168,15 +168,19 @@ class Store(Xattrs):
                 self.roll_forward()
                 self._log.sync(final=True)
         finally:
-            if self._log is not None:
-                self._log.close()
-            self._volumes.close()
-            self._staging.close()
-            self.requests.close()
-            self._handles.close()
-            self._memory.close()
-            if self._lock_file is not None:
-                self._disk.close(self._lock_file)
+            self.leave()
+
+    def leave(self) -> None:
+        """Free what this process has of the store; nothing is written, and other processes go on with it."""
+        if self._log is not None:
+            self._log.close()
+        self._volumes.close()
+        self._staging.close()
+        self.requests.close()
+        self._handles.close()
+        self._memory.close()
+        if self._lock_file is not None:
+            self._disk.close(self._lock_file)
 
     def __enter__(self) -> Self:
         return self

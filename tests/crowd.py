@@ -158,7 +158,10 @@ def look_of(worker: int) -> Request:
 
 
 def serve(store: Store, worker: int, seat: int, answers: Answers, directories: tuple[int, ...], last: int) -> None:
-    """Be a worker: answer the requests of client *worker* from the first without an answer on, to the first pause from number *last* on."""
+    """Be a worker: answer the requests of client *worker* from the first that has no answer on.
+
+    It ends in the first pause from number *last* on.
+    """
     done, handle = answers.get(worker)
     row = seat * TASKS_MAX
     looks = Random()

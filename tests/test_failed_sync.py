@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import pytest
 from killed_store import SMALL, MortalDisk, killed_at, on_disk
 from killed_store import new_store as new_real_store
+from mortal import Killed
 from powercut import SimulatedDisk
 from stores import PATH, abandon_all, content, disk_of, names, new_store, open_store, put, tree, write_image
 from survivors import NOTHING_UNSYNCED
@@ -206,6 +208,43 @@ def test_a_crash_at_any_step_of_it(power: bool) -> None:
         assert 0 < len(found) < len(stops)
     assert all(state == before for state in found)
     store.close()
+
+
+def test_who_is_killed_within_a_sync_may_have_heard_of_lost_pages_alone() -> None:
+    store = new_store(LARGE)
+    put(store, ROOT, b"a")
+    disk = disk_of(store)
+    real_sync = disk.sync
+
+    def lose_and_die(file: int) -> None:
+        with pytest.raises(OSError, match="Input/output error"):
+            real_sync(file)
+        raise Killed
+
+    disk.sync = lose_and_die  # type: ignore[method-assign]
+    disk.fail_next("sync", errno.EIO)
+    with pytest.raises(Killed):
+        store.sync()
+    disk.sync = real_sync  # type: ignore[method-assign]
+    store.sync()
+    with Store.open(PATH, disk=disk.after_power_cut(NOTHING_UNSYNCED), settings=LARGE) as twin:
+        assert names(twin) == {b"a"}
+    store.close()
+
+
+def test_one_sync_serves_those_who_asked_before_it_began() -> None:
+    with new_real_store() as store:
+        put(store, ROOT, b"a")
+        calls: list[int] = []
+        other = Store.attach(store.path, os.dup(store.memory_descriptor), None, settings=store.settings)
+        store._log._sync_active()  # type: ignore[union-attr]
+        other._disk.sync = calls.append  # type: ignore[method-assign]
+        other.sync()
+        assert calls == []
+        put(store, ROOT, b"b")
+        other.sync()
+        assert len(calls) == 1
+        other.leave()
 
 
 class FailingDisk(MortalDisk):
