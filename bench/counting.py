@@ -66,7 +66,7 @@ def counting(path: str) -> type[Filesystem]:
 
 def main() -> int:
     _, counts, store, point = sys.argv[1:]
-    imgfs.worker.Filesystem = counting(counts)  # type: ignore[misc]
+    imgfs.worker.Filesystem = counting(counts)  # type: ignore[attr-defined]
     # One worker: the counts are words that each process would write over.
     return mount(store, point, MountOptions(workers=1), daemon=False)
 

@@ -105,7 +105,7 @@ def _serve(site: Site, result: Result, chosen: _Size) -> None:
         after = private_memory(mounted.pid)
     more = after - before
     say(
-        f"all processes of the daemon have {more / 1024:.0f} KiB more after {images:,} entries listed, {chosen.read:,} images read"
+        f"the daemon's processes have {more >> 10} KiB more after {images:,} entries listed, {chosen.read:,} images read"
     )
     what = f"daemon: private memory more after `find` over {images:,} images and {chosen.read:,} reads"
     result.add(what, "MiB", _mib(more))
