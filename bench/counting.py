@@ -14,8 +14,9 @@ from typing import Any
 
 import pyfuse3
 
-import imgfs.mount
+import imgfs.worker
 from imgfs.fs import Filesystem
+from imgfs.mount import mount
 from imgfs.options import MountOptions
 
 HANDLERS = tuple(
@@ -65,8 +66,9 @@ def counting(path: str) -> type[Filesystem]:
 
 def main() -> int:
     _, counts, store, point = sys.argv[1:]
-    imgfs.mount.Filesystem = counting(counts)  # type: ignore[attr-defined]
-    return imgfs.mount.mount(store, point, MountOptions(), daemon=False)
+    imgfs.worker.Filesystem = counting(counts)  # type: ignore[attr-defined]
+    # One worker: the counts are words that each process would write over.
+    return mount(store, point, MountOptions(workers=1), daemon=False)
 
 
 if __name__ == "__main__":

@@ -15,22 +15,23 @@ others waiting meanwhile. What tells the kernel to forget is called from a threa
 
 import errno
 import functools
-import inspect
 import itertools
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from imgfs.answers import all_answered
 from imgfs.desk import Desk
 from imgfs.disk import WouldBlock
 from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, NotFound, Stale
 from imgfs.format import NAME_BYTES_MAX, Kind
+from imgfs.group_sync import GroupSync
 from imgfs.requests import NOBODY
 from imgfs.store import PERMISSIONS, Attr, Entry, Store
 
@@ -49,7 +50,6 @@ LISTING_BATCH = 256
 
 # The mode of a special file says its type itself.
 _TYPE_BITS = {Kind.FILE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK, Kind.SPECIAL: 0}
-_OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Manner(NamedTuple):
@@ -63,62 +63,6 @@ class Manner(NamedTuple):
 
     publish_at_close: bool = False
     """Only the process that creates an image finds it by name before it is closed."""
-
-
-def answered(handler: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
-    """Let *handler* raise nothing but FUSEError: any other exception would end pyfuse3's loop, and the mount."""
-
-    @functools.wraps(handler)
-    async def answer(*args: Any) -> T:
-        try:
-            return await handler(*args)
-        except FUSEError:
-            raise
-        except ImgfsError as error:
-            if error.errno == errno.EIO:
-                log.error("%s: %s", handler.__name__, error)
-            raise FUSEError(error.errno) from None
-        except OSError as error:
-            log.error("%s: %s", handler.__name__, error)
-            raise FUSEError(errno.ENOSPC if error.errno in _OUT_OF_SPACE else errno.EIO) from None
-        except Exception:
-            log.exception("%s failed; this is a bug in imgfs, the request was answered with EIO", handler.__name__)
-            raise FUSEError(errno.EIO) from None
-
-    return answer
-
-
-def all_answered(operations: type[T]) -> type[T]:
-    """Wrap every handler of the class *operations* with `answered`."""
-    for name, handler in list(vars(operations).items()):
-        if inspect.iscoroutinefunction(handler) and not name.startswith("_"):
-            setattr(operations, name, answered(handler))
-    return operations
-
-
-class GroupSync:
-    """Runs *sync* in a thread, once for all that wait: a run that starts after you came covers you."""
-
-    def __init__(self, sync: Callable[[], None]) -> None:
-        self._sync = sync
-        self._one_run = trio.Lock()
-        self._started = 0
-        self._error: Exception | None = None
-
-    async def wait(self) -> None:
-        """Return when all that was done before the call is durable, or raise what the run for it raised."""
-        mine = self._started + 1
-        async with self._one_run:
-            # The lock is handed on in order of arrival, so the last run is the one that covers us.
-            if self._started < mine:
-                self._started += 1
-                self._error = None
-                try:
-                    await trio.to_thread.run_sync(self._sync)
-                except Exception as error:
-                    self._error = error
-            if self._error is not None:
-                raise self._error
 
 
 @all_answered

@@ -18,9 +18,10 @@ from imgfs.store import Store
 
 log = logging.getLogger(__name__)
 
-# What a death says of each request that was in hand: a worker that crashed did so for a reason, one that was sent
-# SIGKILL may just have been chosen. With so much blame a request is not handed to another worker.
-CRASH_BLAME = 3
+# What a death says of each request that was in hand: a worker that crashed did so for a reason, as did one for which
+# there was no memory; one that somebody sent SIGKILL was just chosen. With so much blame a request is not handed to
+# another worker.
+CRASH_BLAME = 10
 KILL_BLAME = 1
 BLAME_MAX = 2 * CRASH_BLAME
 

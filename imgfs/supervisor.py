@@ -41,7 +41,7 @@ _STANDSTILL_NS = 1_000_000_000
 # A worker whose loop had no turn for so long is killed; those that wait for it meanwhile are none the wiser.
 _NO_BEAT_NS = 60_000_000_000
 # Workers in a row that died before they answered anything: there is no point in a next one.
-# One that was sent SIGKILL before it served counts for a third of one that crashed, and later not at all: it may just
+# One that was sent SIGKILL before it served counts for a tenth of one that crashed, and later not at all: it may just
 # have been chosen.
 _FRUITLESS_MAX = 5
 # Importing and trying take a second; a machine may be busy.
@@ -120,6 +120,7 @@ class Supervisor:
         self._fruitless = 0
         self._nudged: dict[int, int] = {}  # number -> since when it held the gate
         self._stopped: dict[int, int] = {}  # number -> since when it is stopped, by SIGSTOP
+        self._oom_kills = _oom_kills()
         self._stop_signals = 0
         self._forced_at: float | None = None
         self._ended = False
@@ -232,8 +233,9 @@ class Supervisor:
         post = self._board.posts[number]
         in_hand = [request for _, request, _ in self._store.requests.in_hand(number)]
         log.error("worker %d (process %d) %s, %s", number, pid, child.died(code), _in_hand(in_hand))
-        blame = KILL_BLAME if code == -signal.SIGKILL else CRASH_BLAME
-        chosen = code == -signal.SIGKILL and post.ready
+        before, self._oom_kills = self._oom_kills, _oom_kills()
+        blame = KILL_BLAME if code == -signal.SIGKILL and self._oom_kills == before else CRASH_BLAME
+        chosen = blame == KILL_BLAME and post.ready
         self._fruitless = 0 if post.answered else self._fruitless + (0 if chosen else blame)
         self._nudged.pop(number, None)
         self._stopped.pop(number, None)
@@ -476,6 +478,15 @@ class Supervisor:
         for pid in [*self._workers, *self._tasks, *([self._maintenance] if self._maintenance else [])]:
             os.kill(pid, signal.SIGKILL)
             child.wait(pid)
+
+
+def _oom_kills() -> int:
+    """Return how many processes the kernel has killed because there was no memory."""
+    try:
+        with open("/proc/vmstat", encoding="ascii") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+    except OSError:
+        return 0
 
 
 def _in_hand(requests: list[Request]) -> str:
