@@ -104,9 +104,7 @@ def _serve(site: Site, result: Result, chosen: _Size) -> None:
         _read_some(mounted, images, chosen.read)
         after = private_memory(mounted.pid)
     more = after - before
-    say(
-        f"the daemon's processes have {more >> 10} KiB more after {images:,} entries listed, {chosen.read:,} images read"
-    )
+    say(f"all of the daemon has {more >> 10} KiB more after {images:,} entries listed, {chosen.read:,} images read")
     what = f"daemon: private memory more after `find` over {images:,} images and {chosen.read:,} reads"
     result.add(what, "MiB", _mib(more))
 

@@ -113,7 +113,7 @@ def daemon_of(mount: Mount) -> int | None:
         try:
             for descriptor in os.listdir(f"/proc/{name}/fd"):
                 if os.readlink(f"/proc/{name}/fd/{descriptor}") == "/dev/fuse":
-                    with open(f"/proc/{name}/fdinfo/{descriptor}", encoding="ascii") as info:
+                    with open(f"/proc/{name}/fdinfo/{descriptor}", encoding="utf-8") as info:
                         if connection in info.read():
                             serving.add(int(name))
         except OSError:

@@ -483,7 +483,7 @@ class Supervisor:
 def _oom_kills() -> int:
     """Return how many processes the kernel has killed because there was no memory."""
     try:
-        with open("/proc/vmstat", encoding="ascii") as file:
+        with open("/proc/vmstat", encoding="utf-8") as file:
             return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
     except OSError:
         return 0

@@ -60,7 +60,7 @@ def upgrade_command(mountpoint: str) -> None:
 
     \b
     Example:
-      pip install -U imgfs && imgfs upgrade /srv/photos
+      imgfs upgrade /srv/photos
     """
     ask(mountpoint)
     echo(f"{mountpoint} is served by the installed release")
