@@ -336,6 +336,7 @@ class Filesystem(pyfuse3.Operations):
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._commit(fh)
         await self.sync()
+        self._store.check_kept(fh)
 
     # -- how the store is called ------------------------------------------------------------------------------
 
