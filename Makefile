@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run stop test soak check lint types imports format bench bench-quick install-system clean
+.PHONY: help run stop test soak soak-mount check lint types imports format bench bench-quick install-system clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -22,6 +22,9 @@ soak: .venv/test-ready ## what a crash, damage or any use may do, at length (hal
 	@IMGFS_SOAK=4 scripts/test.sh --timeout 3600 tests/test_crash_matrix.py tests/test_index_damage.py \
 		tests/test_torn_or_corrupt.py tests/test_damage_to_others.py \
 		tests/test_file_model.py tests/test_tree_model.py
+
+soak-mount: .venv/test-ready ## kill what serves a mount, under load, minutes for each way (20 minutes)
+	@IMGFS_SOAK=2 scripts/test.sh tests/test_survival.py
 
 check: lint types imports ## lint, types and imports
 

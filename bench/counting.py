@@ -15,8 +15,9 @@ from typing import Any
 
 import pyfuse3
 
-import imgfs.mount
+import imgfs.worker
 from imgfs.fs import Filesystem
+from imgfs.mount import mount
 from imgfs.options import parse
 
 HANDLERS = tuple(
@@ -66,8 +67,9 @@ def counting(path: str) -> type[Filesystem]:
 
 def main() -> int:
     _, counts, chosen, store, point = sys.argv[1:]
-    imgfs.mount.Filesystem = counting(counts)  # type: ignore[attr-defined]
-    return imgfs.mount.mount(store, point, parse([chosen]), daemon=False)
+    imgfs.worker.Filesystem = counting(counts)  # type: ignore[attr-defined]
+    # One worker: the counts are words that each process would write over.
+    return mount(store, point, parse([chosen, "workers=1"]), daemon=False)
 
 
 if __name__ == "__main__":

@@ -113,3 +113,14 @@ def process_memory(pid: int | str = "self") -> dict[str, int]:
         if name in ("RssAnon", "RssFile", "RssShmem", "VmHWM", "VmRSS"):
             found[name] = int(value.split()[0]) << 10
     return found
+
+
+def private_memory(pid: int) -> int:
+    """Return the bytes that the process *pid* and its children have for themselves; what they share counts once."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    total = 0
+    for process in (pid, *children):
+        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss_Anon:"):
+                total += int(line.split()[1]) << 10
+    return total

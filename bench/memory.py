@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.measure import process_memory, say
+from bench.measure import private_memory, say
 from bench.needles import image_name
 from bench.probe import probe
 from bench.result import Result
@@ -99,12 +99,12 @@ def _serve(site: Site, result: Result, chosen: _Size) -> None:
     """List and read through a mount, and see what the daemon takes more afterwards."""
     images = chosen.walked
     with large_store(site, images, _MANY) as store, site.mounted(store) as mounted:
-        before = process_memory(mounted.pid)
+        before = private_memory(mounted.pid)
         _walk(mounted.point)
         _read_some(mounted, images, chosen.read)
-        after = process_memory(mounted.pid)
-    more = after["RssAnon"] - before["RssAnon"]
-    say(f"the daemon has {more / 1024:.0f} KiB more after {images:,} entries listed, {chosen.read:,} images read")
+        after = private_memory(mounted.pid)
+    more = after - before
+    say(f"all of the daemon has {more >> 10} KiB more after {images:,} entries listed, {chosen.read:,} images read")
     what = f"daemon: private memory more after `find` over {images:,} images and {chosen.read:,} reads"
     result.add(what, "MiB", _mib(more))
 

@@ -1,29 +1,40 @@
 """Remembers for a while which access times were set: the store keeps none, as under `noatime`.
 
-Owns the times of the inodes that had theirs set last, so that setting the other time alone leaves them as they are.
-Who is not among these has its modification time in their place. Must not know FUSE, nor the store.
+Owns the times of some inodes that had theirs set last, in shared memory, so that every worker shows the same, and
+setting the other time alone leaves them as they are. Who is not among these has its modification time in their place.
+Must not know FUSE, nor the store.
 
-*Concurrency:* used from one thread.
+*Concurrency:* a row is written and read without a lock: its inode is taken out before its time changes, and put back
+after. Two that share a row push each other out.
 """
 
-# What utimensat(2) sets in two calls lies close together; more would only cost memory.
-INODES_MAX = 4096
+from imgfs.layout import ATIME, ATIMES_AT, ATIMES_MAX
+from imgfs.memory import Memory
 
 
 class AccessTimes:
     """The access times that were set last, by inode."""
 
-    def __init__(self, inodes_max: int = INODES_MAX) -> None:
-        self._inodes_max = inodes_max
-        self._times_ns: dict[int, int] = {}
+    def __init__(self, memory: Memory) -> None:
+        rows = memoryview(memory.map)[ATIMES_AT : ATIMES_AT + ATIME.size * ATIMES_MAX]
+        self._inodes = rows.cast("Q")
+        self._times_ns = rows.cast("q")
+
+    def close(self) -> None:
+        self._inodes.release()
+        self._times_ns.release()
 
     def put(self, inode: int, atime_ns: int) -> None:
-        """Remember *atime_ns*, and forget what was put longest ago if there are too many."""
-        self._times_ns.pop(inode, None)
-        self._times_ns[inode] = atime_ns
-        if len(self._times_ns) > self._inodes_max:
-            del self._times_ns[next(iter(self._times_ns))]
+        """Remember *atime_ns*, in place of what another inode may have in that row."""
+        at = 2 * (inode % ATIMES_MAX)
+        self._inodes[at] = 0
+        self._times_ns[at + 1] = atime_ns
+        self._inodes[at] = inode
 
     def get(self, inode: int, mtime_ns: int) -> int:
         """Return the access time of *inode*; that is its *mtime_ns* unless another was put."""
-        return self._times_ns.get(inode, mtime_ns)
+        at = 2 * (inode % ATIMES_MAX)
+        if self._inodes[at] != inode:
+            return mtime_ns
+        atime_ns = self._times_ns[at + 1]
+        return atime_ns if self._inodes[at] == inode else mtime_ns

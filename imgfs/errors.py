@@ -175,6 +175,13 @@ class NewerFormat(ImgfsError):
     exit_code = EXIT_NEWER_FORMAT
 
 
+class OtherLayout(ImgfsError):
+    """The table in memory was made by another release; the store has to be opened anew."""
+
+    errno = errno.EPROTO
+    exit_code = EXIT_NEWER_FORMAT
+
+
 class Busy(ImgfsError):
     """Another process has the store or the mountpoint."""
 

@@ -1,9 +1,12 @@
 """The FUSE handlers: each translates a request, makes one store call, and translates the answer back.
 
 Owns nothing but two locks and the threads that wait for the disk; all state is in the store. Must not know how
-images are kept, nor how the mount came about. What is not answered here is answered by the kernel, which stops
-asking after one ENOSYS: locks (they are local to the machine), `access` (the mount is made with
+images are kept, nor how the mount came about or who else serves it. What is not answered here is answered by the
+kernel, which stops asking after one ENOSYS: locks (they are local to the machine), `access` (the mount is made with
 `default_permissions`), `poll`, and extended attributes unless they were asked for.
+
+A mutation that a worker had applied when it died, before it could answer, comes once more: `Desk.resent` then has the
+answer. Everything else can be done twice: writes carry their offset, a flush finds nothing left to do.
 
 *Concurrency:* every handler runs on one trio loop, which never waits for the disk: what is not in memory is read
 in a thread. State changes between two awaits; those that copy much run in a thread, and `_changes` keeps the
@@ -13,22 +16,24 @@ others waiting meanwhile. What tells the kernel to forget is called from a threa
 import contextlib
 import errno
 import functools
-import inspect
 import itertools
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
-from imgfs.atimes import AccessTimes
+from imgfs.answers import all_answered
+from imgfs.desk import Desk
 from imgfs.disk import WouldBlock
-from imgfs.errors import ImgfsError, InvalidArgument, NotFound, Stale
+from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, NotFound, Stale
 from imgfs.format import NAME_BYTES_MAX, Kind
+from imgfs.group_sync import GroupSync
+from imgfs.requests import NOBODY
 from imgfs.store import PERMISSIONS, Attr, Entry, Store
 
 log = logging.getLogger(__name__)
@@ -46,63 +51,19 @@ LISTING_BATCH = 256
 
 # The mode of a special file says its type itself.
 _TYPE_BITS = {Kind.FILE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK, Kind.SPECIAL: 0}
-_OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-def answered(handler: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
-    """Let *handler* raise nothing but FUSEError: any other exception would end pyfuse3's loop, and the mount."""
+class Manner(NamedTuple):
+    """How a mount shows its store."""
 
-    @functools.wraps(handler)
-    async def answer(*args: Any) -> T:
-        try:
-            return await handler(*args)
-        except FUSEError:
-            raise
-        except ImgfsError as error:
-            if error.errno == errno.EIO:
-                log.error("%s: %s", handler.__name__, error)
-            raise FUSEError(error.errno) from None
-        except OSError as error:
-            log.error("%s: %s", handler.__name__, error)
-            raise FUSEError(errno.ENOSPC if error.errno in _OUT_OF_SPACE else errno.EIO) from None
-        except Exception:
-            log.exception("%s failed; this is a bug in imgfs, the request was answered with EIO", handler.__name__)
-            raise FUSEError(errno.EIO) from None
+    timeout_s: float
+    """How long the kernel may remember names, absent names and attributes."""
 
-    return answer
+    xattrs: bool = False
+    """Without, the kernel asks for an extended attribute once, and never again."""
 
-
-def all_answered(operations: type[T]) -> type[T]:
-    """Wrap every handler of the class *operations* with `answered`."""
-    for name, handler in list(vars(operations).items()):
-        if inspect.iscoroutinefunction(handler) and not name.startswith("_"):
-            setattr(operations, name, answered(handler))
-    return operations
-
-
-class GroupSync:
-    """Runs *sync* in a thread, once for all that wait: a run that starts after you came covers you."""
-
-    def __init__(self, sync: Callable[[], None]) -> None:
-        self._sync = sync
-        self._one_run = trio.Lock()
-        self._started = 0
-        self._error: Exception | None = None
-
-    async def wait(self) -> None:
-        """Return when all that was done before the call is durable, or raise what the run for it raised."""
-        mine = self._started + 1
-        async with self._one_run:
-            # The lock is handed on in order of arrival, so the last run is the one that covers us.
-            if self._started < mine:
-                self._started += 1
-                self._error = None
-                try:
-                    await trio.to_thread.run_sync(self._sync)
-                except Exception as error:
-                    self._error = error
-            if self._error is not None:
-                raise self._error
+    publish_at_close: bool = False
+    """Only the process that creates an image finds it by name before it is closed."""
 
 
 @all_answered
@@ -111,27 +72,28 @@ class Filesystem(pyfuse3.Operations):
 
     supports_dot_lookup = True
 
-    def __init__(self, store: Store, *, timeout_s: float, xattrs: bool = False, publish_at_close: bool = False) -> None:
-        """Serve *store*; the kernel may remember names, absent names and attributes for *timeout_s* seconds.
+    def __init__(self, store: Store, desk: Desk, manner: Manner) -> None:
+        """Serve *store* in that *manner*.
 
-        Without *xattrs* the kernel asks for an extended attribute once, and never again. With *publish_at_close* only
-        the process that creates an image finds it by name before it is closed.
+        *desk* knows the row of the request in hand, and whether a worker that died had applied it already.
         """
         self._store = store
-        self._timeout_s = timeout_s
-        self._xattrs = xattrs
-        self._atimes = AccessTimes()
-        self._publish_at_close = publish_at_close
+        self._desk = desk
+        self._timeout_s = manner.timeout_s
+        self._xattrs = manner.xattrs
+        self._atimes = store.access_times
+        self._publish_at_close = manner.publish_at_close
         self._changes = trio.Lock()
         self._threads = trio.CapacityLimiter(THREADS)
         self._group_sync = GroupSync(store.sync)
-        self._absent = _absent(timeout_s)
+        self._absent = _absent(manner.timeout_s)
         self._hidden = _absent(0)
 
     async def sync(self) -> None:
         """Make durable all that was answered so far."""
         if self._store.writable:
-            await self._group_sync.wait()
+            with self._desk.wait:
+                await self._group_sync.wait()
 
     # -- names ------------------------------------------------------------------------------------------------
 
@@ -162,12 +124,16 @@ class Filesystem(pyfuse3.Operations):
 
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         store = self._store
+        if done := self._desk.resent():
+            return self._entry(store.attr(done.inode))
         gid, set_gid = self._group_in(parent, ctx)
         mode = mode & PERMISSIONS & ~ctx.umask | set_gid
         return self._entry(store.attr(await self._change(store.mkdir, parent, name, mode, ctx.uid, gid)))
 
     async def symlink(self, parent: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         store = self._store
+        if done := self._desk.resent():
+            return self._entry(store.attr(done.inode))
         gid, _ = self._group_in(parent, ctx)
         return self._entry(store.attr(await self._change(store.symlink, parent, name, target, ctx.uid, gid)))
 
@@ -175,24 +141,29 @@ class Filesystem(pyfuse3.Operations):
         return await self._cold(self._store.readlink, inode)
 
     async def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        await self._change(self._store.unlink, parent, name)
+        if self._desk.resent() is None:
+            await self._change(self._store.unlink, parent, name)
 
     async def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        await self._change(self._store.rmdir, parent, name)
+        if self._desk.resent() is None:
+            await self._change(self._store.rmdir, parent, name)
 
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: RequestContext
     ) -> None:
         if flags == pyfuse3.RENAME_EXCHANGE:
-            await self._change(self._store.exchange, parent, name, new_parent, new_name)
+            if self._desk.resent() is None:
+                await self._change(self._store.exchange, parent, name, new_parent, new_name)
             return
         if flags not in (0, pyfuse3.RENAME_NOREPLACE):
             raise InvalidArgument("a rename may exchange, or not replace; there is nothing else")
-        rename = functools.partial(self._store.rename, replace=not flags)
-        await self._change(rename, parent, name, new_parent, new_name)
+        if self._desk.resent() is None:
+            rename = functools.partial(self._store.rename, replace=not flags)
+            await self._change(rename, parent, name, new_parent, new_name)
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
-        await self._change(self._store.link, inode, new_parent, new_name)
+        if self._desk.resent() is None:
+            await self._change(self._store.link, inode, new_parent, new_name)
         return self._entry(self._store.attr(inode))
 
     # -- attributes -------------------------------------------------------------------------------------------
@@ -239,16 +210,19 @@ class Filesystem(pyfuse3.Operations):
     # -- extended attributes ----------------------------------------------------------------------------------
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        self._desk.expect_setxattr(inode, name, ctx)
         return await self._cold(self._with_xattrs(self._store.get_xattr), inode, name)
 
     async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
         return await self._cold(self._with_xattrs(self._store.list_xattrs), inode)
 
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self._change(self._with_xattrs(self._store.set_xattr), inode, name, value)
+        if self._desk.resent() is None:
+            await self._change(self._with_xattrs(self._store.set_xattr), inode, name, value)
 
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self._change(self._with_xattrs(self._store.remove_xattr), inode, name)
+        if self._desk.resent() is None:
+            await self._change(self._with_xattrs(self._store.remove_xattr), inode, name)
 
     def _with_xattrs(self, call: Callable[..., T]) -> Callable[..., T]:
         """Return *call*, unless extended attributes are off: the kernel stops asking after the first ENOSYS."""
@@ -296,23 +270,27 @@ class Filesystem(pyfuse3.Operations):
     async def create(
         self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        inode, handle = await self._create(parent, name, mode, ctx)
+        done = self._desk.resent()
+        inode, handle = (done.inode, done.handle) if done else await self._create(parent, name, mode, ctx)
         attr = self._store.attr(inode)
         entry = self._passing(attr) if self._publish_at_close else self._entry(attr)
         return FileInfo(fh=handle, keep_cache=True), entry
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        done = self._desk.resent()
         if not stat.S_ISREG(mode):
             gid, _ = self._group_in(parent, ctx)
-            special = self._store.special
-            inode = await self._change(special, parent, name, mode & ~ctx.umask, rdev, ctx.uid, gid)
-            return self._entry(self._store.attr(inode))
-        inode, handle = await self._create(parent, name, mode, ctx)
-        await self._change(self._store.release, handle)
+            special = functools.partial(self._store.special, parent, name, mode & ~ctx.umask, rdev, ctx.uid, gid)
+            return self._entry(self._store.attr(done.inode if done else await self._change(special)))
+        inode, handle = (done.inode, done.handle) if done else await self._create(parent, name, mode, ctx)
+        try:
+            await self._change(self._store.release, handle)
+        except BadHandle:
+            pass  # the worker that died had come so far
         return self._entry(self._store.attr(inode))
 
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        open_image = self._store.open_image
+        open_image = functools.partial(self._store.open_image, row=self._desk.row())
         if flags & os.O_TRUNC:
             handle = await self._change(functools.partial(open_image, inode, write=True, truncate=True))
             if ctx.uid:
@@ -338,9 +316,12 @@ class Filesystem(pyfuse3.Operations):
 
     async def release(self, fh: int) -> None:
         store = self._store
-        if not store.may_write(fh):
-            store.release(fh)
-            return
+        try:
+            if not store.may_write(fh):
+                store.release(fh)
+                return
+        except BadHandle:
+            return  # released already, by a worker that died before it could say so
         size, inode = store.flush_bytes(fh), store.handle_inode(fh)
         if not size or not store.attr(inode).nlink:
             await self._change(store.release, fh)
@@ -357,6 +338,7 @@ class Filesystem(pyfuse3.Operations):
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._commit(fh)
         await self.sync()
+        self._store.check_kept(fh)
 
     # -- how the store is called ------------------------------------------------------------------------------
 
@@ -368,26 +350,31 @@ class Filesystem(pyfuse3.Operations):
             return await self._in_thread(look, *args)
 
     async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
+        with self._desk.wait:
+            return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
 
     async def _change(self, change: Callable[..., T], *args: Any) -> T:
         """Return `change(*args)`, a change that takes no longer than it would take to hand it to a thread."""
-        if self._store.must_roll(0):
-            async with self._changes:
-                return await self._in_thread(change, *args)
-        # Nothing runs between this test and the end of the call, so the lock need not be taken: that would cost
-        # a turn of the loop. Who waits for it holds it from the moment its holder lets go, and is not overtaken.
-        if self._changes.locked():
-            async with self._changes:
-                return change(*args)
-        return change(*args)
+        return await self._change_of(0, change, *args)
 
     async def _change_of(self, size: int, change: Callable[..., T], *args: Any) -> T:
-        """Return `change(*args)`, a change that copies *size* bytes: from a thread if they are many."""
-        if size <= INLINE_BYTES and not self._store.must_roll(size):
-            return await self._change(change, *args)
-        async with self._changes:
-            return await self._in_thread(change, *args)
+        """Return `change(*args)`, a change that copies *size* bytes: from a thread if they are many.
+
+        From a thread too if another worker is at a change of its own: that one may copy many.
+        """
+        store = self._store
+        row = self._desk.row()
+        small = size <= INLINE_BYTES and not store.must_roll(size)
+        # Nothing runs between this test and the end of the call, so the lock need not be taken: that would cost
+        # a turn of the loop. Who waits for it holds it from the moment its holder lets go, and is not overtaken.
+        if small and not self._changes.locked() and store.try_lock():
+            try:
+                return _requested(store, row, change, *args)
+            finally:
+                store.unlock()
+        with self._desk.wait:
+            async with self._changes:
+                return await self._in_thread(_requested, store, row, change, *args)
 
     async def _commit(self, handle: int) -> None:
         size = self._store.flush_bytes(handle)
@@ -466,6 +453,15 @@ class Filesystem(pyfuse3.Operations):
         # Without the group's x bit, set-gid once meant mandatory locking, not a privilege.
         drop = stat.S_ISUID | (stat.S_ISGID if attr.mode & stat.S_IXGRP else 0)
         return attr.mode & ~drop if attr.mode & drop else None
+
+
+def _requested(store: Store, row: int, change: Callable[..., T], *args: Any) -> T:
+    """Return `change(*args)`, which the request of *row* asked for; no other change runs in this process."""
+    store.requester = row
+    try:
+        return change(*args)
+    finally:
+        store.requester = NOBODY
 
 
 def _absent(timeout_s: float) -> EntryAttributes:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from imgfs.disk import Buffer
-from imgfs.errors import BadHandle, Damaged, IsADirectory, ReadOnly, Stale, StoreFull, TooLarge, disk_error
+from imgfs.errors import BadHandle, Damaged, DiskFailure, IsADirectory, ReadOnly, Stale, StoreFull, TooLarge, disk_error
 from imgfs.format import (
     ALIGNMENT,
     CHUNK_BYTES,
@@ -28,7 +28,7 @@ from imgfs.format import (
     unpack_footer,
 )
 from imgfs.handles import WRITE, Handles
-from imgfs.layout import Flag
+from imgfs.layout import VOLUME_SEALED, Flag
 from imgfs.log import SMALL_BYTES, Log, Part
 from imgfs.settings import MIB
 from imgfs.staging import ATTRIBUTED, DIRTY, SPOILED, Staged, Staging
@@ -67,8 +67,14 @@ class Images:
         self._handles = handles
         self._staging = staging
         self._log = log
+        if log is not None:
+            log.unstage = staging.clean
         self._cache: OrderedDict[tuple[int, int, int], Whole | bytes] = OrderedDict()
         self._cache_bytes = 0
+        self._cache_lock = threading.Lock()
+
+    def after_fork(self) -> None:
+        """Be a process of its own."""
         self._cache_lock = threading.Lock()
 
     def record(self, inode: int) -> Record:
@@ -81,6 +87,14 @@ class Images:
         if not record.flags & Flag.KIND or record.generation != inode >> 32:
             raise Stale(f"inode {inode:#x} is gone")
         return record
+
+    def check_kept(self, inode: int) -> None:
+        """Raise DiskFailure if what was flushed of *inode* lies behind the end of its volume: a sync failed. Stale."""
+        record = self.record(inode)
+        row = self._table.volume(record.volume)
+        behind = row.flags & VOLUME_SEALED and record.offset8 * ALIGNMENT >= row.end
+        if behind and record.kind != Kind.DIRECTORY and not record.flags & Flag.UNBORN:
+            raise DiskFailure(f"the disk lost what was written to inode {inode:#x}")
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -152,8 +166,10 @@ class Images:
             if record.flags & (Flag.STAGED | Flag.UNBORN):
                 number = self._staging.find(inode)
                 if number >= 0:
-                    staged = self._staging.read(number, offset, size, nowait=nowait)
-                    if self._staging.entry(number).inode == inode:  # else the entry was ended, and begun for another
+                    entry = self._staging.look(number)
+                    staged = self._staging.read(number, offset, min(size, entry.size - offset), nowait=nowait)
+                    # Else it was written to meanwhile, or ended, and perhaps begun anew.
+                    if self._staging.look(number) == entry and entry.inode == inode:
                         return staged
                 elif self.record(inode) == record:
                     raise Stale(f"inode {inode:#x} was never closed, and is gone")
@@ -242,16 +258,8 @@ class Images:
         now = self.writer().now_ns()
         size = 0 if empty else record.size
         self.writer().check_room(size)
-        entry = Staged(inode, 0, record.owner, size, record.mtime_ns, now)
-        number = self._staging.begin(entry)
-        try:
-            at = 0
-            for piece in self._pieces(inode, record) if size else ():
-                self._staging.write(number, at, piece)
-                at += len(piece)
-        except BaseException:
-            self._staging.end(number)
-            raise
+        entry = Staged(inode, DIRTY if empty else 0, record.owner, size, record.mtime_ns, now)
+        number = self._staging.begin(entry, self._pieces(inode, record) if size else ())
         self._set_staged(inode, on=True)
         return number
 
@@ -268,7 +276,7 @@ class Images:
     def staged(self, inode: int) -> Staged | None:
         """Return what is staged of *inode*, None if it is not being written."""
         number = self._staging.find(inode)
-        entry = self._staging.entry(number) if number >= 0 else None
+        entry = self._staging.look(number) if number >= 0 else None
         return entry if entry is not None and entry.inode == inode else None
 
     def write(self, handle: int, offset: int, data: Buffer) -> int:
@@ -288,6 +296,9 @@ class Images:
             try:
                 log.check_room(len(data))
                 number = self.stage(inode)
+                size = self._staging.entry(number).size
+                if offset > size:
+                    self._staging.truncate(number, size)  # a killed writer may have left bytes behind the end
                 self._staging.write(number, offset, data)
             except OSError as error:
                 self._spoil(inode)
@@ -295,7 +306,7 @@ class Images:
             except StoreFull:
                 self._spoil(inode)
                 raise
-            self._dirty(number, max(self._staging.entry(number).size, end))
+            self._dirty(number, max(size, end))
         return len(data)
 
     def truncate(self, inode: int, size: int) -> None:
@@ -306,11 +317,13 @@ class Images:
         old = self._staging.entry(number).size
         if size > old:
             self.writer().check_room(size - old)
-        self._staging.truncate(number, size)
-        if not size:
-            entry = self._staging.entry(number)
-            self._staging.update(number, entry._replace(flags=entry.flags & ~SPOILED))
-        self._dirty(number, size)
+            self._staging.truncate(number, old)  # as in `write`
+            self._staging.truncate(number, size)
+            self._dirty(number, size)
+        else:
+            # The entry first: a file that is longer than its entry says is harmless, a shorter one lacks bytes.
+            self._dirty(number, size)
+            self._staging.truncate(number, size)
 
     def _spoil(self, inode: int) -> None:
         """Keep what lacks a write from becoming the image: whoever ignores the error must not lose the old one."""
@@ -322,8 +335,8 @@ class Images:
     def _dirty(self, number: int, size: int) -> None:
         now = self.writer().now_ns()
         entry = self._staging.entry(number)
-        changed = entry._replace(flags=entry.flags | DIRTY, size=size, mtime_ns=now, ctime_ns=now)
-        self._staging.update(number, changed)
+        flags = entry.flags | DIRTY if size else (entry.flags | DIRTY) & ~SPOILED
+        self._staging.update(number, entry._replace(flags=flags, size=size, mtime_ns=now, ctime_ns=now))
 
     def set_staged(self, inode: int, *, owner: int | None = None, mtime_ns: int | None = None) -> None:
         """Within the lock: change what the needle of a dirty image will say."""
@@ -383,11 +396,10 @@ class Images:
             data = self._staging.read(number, 0, entry.size)
             if len(data) < entry.size:  # the file is sparse at its end
                 data += bytes(entry.size - len(data))
-            self.writer().append(needle, [data] if data else [], second=second)
+            self.writer().append(needle, [data] if data else [], second=second, staged=number)
         else:
-            self.writer().append(needle, [], large=self._staged_pieces(number, entry.size), second=second)
-        self._staging.update(number, entry._replace(flags=entry.flags & ~DIRTY))
-        self._staging.drop_attributes(number)
+            pieces = self._staged_pieces(number, entry.size)
+            self.writer().append(needle, [], large=pieces, second=second, staged=number)
 
     def waiting_attributes(self, inode: int) -> bytes:
         """Return the packed extended attributes that wait for the first needle of *inode*.

@@ -6,7 +6,7 @@ memory only as far as it is used.
 
 import struct
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2  # another one cannot take the memory over; see `Store.attach`
 SLOTS_MAX = 1 << 28  # images, directories and links of one store
 PAGE = 4096
 
@@ -32,23 +32,45 @@ class Word:
     VOLUMES = 12  # volume entries in use
     NEXT_SEQUENCE = 13
     ACTIVE = 14  # entry of the active volume
-    ACTIVE_END = 15  # bytes of it that hold needles which are applied to the table
-    DURABLE = 16  # bytes of it known durable
+    DURABLE = 15  # bytes of it known durable
+    ACTIVE_END = 16  # bytes of it that hold needles which are applied to the table
     INDEX_RECORDS = 17  # of the active volume
     INDEX_CRC = 18
     NAMES_END = 19
     NAMES_CRC = 20
-    CHECKPOINT_RECORDS = 21  # INDEX_RECORDS at its last checkpoint
-    HANDLES = 22  # handle words ever used
-    STAGED = 23  # staging entries ever used
-    STALE_DIRECTORIES = 24  # directories whose mtime is newer than their last needle
-    RARE_ENTRIES = 25  # entries of rare.py ever used
-    RARE_FREE = 26  # its first free entry + 1
-    RARE_COUNT = 27  # its entries in use
-    ARENA_FREE = 32  # 32 words: first free region of each size
+    APPENDING = 21  # 0, or what is being appended behind ACTIVE_END, see `appending`
+    CHECKPOINT_RECORDS = 22  # INDEX_RECORDS at its last checkpoint
+    HANDLES = 23  # handle words ever used
+    STAGED = 24  # staging entries ever used
+    STALE_DIRECTORIES = 25  # directories whose mtime is newer than their last needle
+    SYNCED = 26  # end in bytes | entry << 48 of what the last sync covered
+    FAILED = 27  # 0, or why the store takes no changes: reason << 32 | errno
+    NOTES = 28  # requests in the list of resent ones that were applied
+    NOTE_ROWS = 29  # rows of that list ever used
+    RARE_ENTRIES = 30  # entries of rare.py ever used
+    RARE_FREE = 31  # its first free entry + 1
+    RARE_COUNT = 32  # its entries in use
+    FAILURES = 33  # syncs that failed
+    SYNCING = 34  # 1 while a sync runs, or if its process was killed
+    ARENA_FREE = 64  # 32 words: first free region of each size
 
 
-WORDS = 64
+WORDS = 128
+
+
+# In place of that: the records of the volume with entry APPENDING >> 8 are moved to where its needles are now.
+MOVING = 2
+
+
+def appending(row: int, staged: int) -> int:
+    """Return the value of APPENDING: the row of the request it is for and the staging entry it stores, or -1."""
+    return 1 | row + 1 << 8 | staged + 1 << 32
+
+
+def appended_for(value: int) -> tuple[int, int]:
+    """Return what `appending` was given."""
+    return (value >> 8 & 0xFF_FFFF) - 1, (value >> 32) - 1
+
 
 _NEXT = 0
 
@@ -73,11 +95,25 @@ VOLUME = struct.Struct("<QQQQ")  # id, end in bytes, first sequence, flags
 VOLUMES_MAX = 1 << 16
 VOLUME_SEALED = 1
 
-HANDLE = struct.Struct("<Q")  # inode (40 bits), flags (8 bits), nonce (16 bits)
+HANDLE = struct.Struct("<Q")  # inode (40 bits), flags (8 bits), nonce (16 bits); the nonce stays when it is freed
 HANDLES_MAX = 1 << 16
+# A process takes free handles by the chunk, under the lock; it hands them out and gets them back without any.
+HANDLE_CHUNK = 64
+HANDLE_OWNER = struct.Struct("<I")  # pid of the process a chunk belongs to, 0: nobody's
+HANDLE_OWNERS = HANDLES_MAX // HANDLE_CHUNK
+
+# A request in hand: handle, inode, applied, thread, node, key, 0, opcode (0: the row is free)
+REQUEST = struct.Struct("<8Q")
+WORKERS_MAX = 16
+TASKS_MAX = 128  # requests one worker has in hand at the same time
+REQUESTS_MAX = WORKERS_MAX * TASKS_MAX
+# A request of a worker that died, which the kernel resent: the same, 0, time in ns
+NOTE = struct.Struct("<10Q")
 
 # inode, flags, owner, size, mtime ns, ctime ns, process that created it, name length, name
 STAGED = struct.Struct("<QIIQqqIB255s")
+STAGED_STATE = struct.Struct("<IIQqq")  # what changes of an entry, from AT_STAGED_STATE on
+AT_STAGED_STATE = 8
 STAGED_BYTES = 320
 STAGED_MAX = 4096
 
@@ -93,6 +129,9 @@ RARE = struct.Struct("<IIIIIII")
 RARE_MAX = 1 << 26
 RARE_HEADS = 1 << 18
 
+ATIME = struct.Struct("<Qq")  # inode, ns
+ATIMES_MAX = 1 << 12
+
 LINK_BYTES = 4  # next record of the same bucket
 BUCKET_BYTES = 4  # first record of a bucket
 ARENA_UNIT = 16  # the smallest bucket region: four buckets
@@ -102,7 +141,11 @@ JOURNAL_AT = _region(JOURNAL_ENTRY.size * JOURNAL_ENTRIES)
 OWNERS_AT = _region(OWNER.size * OWNERS_MAX)
 VOLUMES_AT = _region(VOLUME.size * VOLUMES_MAX)
 HANDLES_AT = _region(HANDLE.size * HANDLES_MAX)
+HANDLE_OWNERS_AT = _region(HANDLE_OWNER.size * HANDLE_OWNERS)
+REQUESTS_AT = _region(REQUEST.size * REQUESTS_MAX)
+NOTES_AT = _region(NOTE.size * REQUESTS_MAX)
 STAGED_AT = _region(STAGED_BYTES * STAGED_MAX)
+ATIMES_AT = _region(ATIME.size * ATIMES_MAX)
 RARE_HEADS_AT = _region(4 * RARE_HEADS)
 RARE_AT = _region(RARE.size * RARE_MAX)
 ARENA_AT = _region(2 * BUCKET_BYTES * SLOTS_MAX)

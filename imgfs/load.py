@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imgfs.buckets import BUCKETS_MAX, bucket_count
-from imgfs.format import FLAG_BARE, FLAG_LAST, INDEX_RECORD_BYTES, Kind, inode_of
+from imgfs.format import ALIGNMENT, FLAG_BARE, FLAG_LAST, INDEX_RECORD_BYTES, Kind, inode_of
 from imgfs.layout import (
     ARENA_AT,
     ARENA_UNIT,
@@ -392,6 +392,15 @@ def live_records(memory: Memory) -> tuple[npt.NDArray[np.void], npt.NDArray[np.i
     """Return the records, and the slots of those that have a name."""
     table = np.frombuffer(memory.map, RECORDS, memory.words[Word.SLOTS], RECORDS_AT)
     return table, np.flatnonzero((table["flags"] & Flag.KIND != 0) & (table["flags"] & Flag.DEAD == 0))
+
+
+def lost_slots(memory: Memory, entry: int, end: int) -> list[int]:
+    """Return the slots of images whose data lies behind *end*, where the volume with that *entry* was given up."""
+    table, slots = live_records(memory)
+    rows = table[slots]
+    lost = (rows["volume"] == entry) & (rows["offset8"].astype(np.int64) * ALIGNMENT >= end)
+    lost &= np.isin(rows["flags"] & Flag.KIND, [Kind.FILE, Kind.SYMLINK]) & (rows["flags"] & Flag.UNBORN == 0)
+    return [int(slot) for slot in slots[lost]]
 
 
 def live_bytes(memory: Memory) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -1,28 +1,20 @@
-"""The end of the log: appends needles to the active volume, their records to its index, and both to the table.
+"""The log: appends needles to the active volume, seals it when it is full and begins the next, makes it durable.
 
-Owns the active volume, its index files, sequence numbers, checkpoints, sealing and rolling. Must not know open
-images or what a caller wants; a needle comes in, and lies on disk and in the table when `append` returns.
-
-Order of an append (docs/crash.md): needle, name, index record, table. The needle is the commit point.
+Owns sequence numbers, owner needles, checkpoints, sealing and rolling. Must not know open images or what a caller
+wants; a needle comes in, and lies on disk and in the table when `append` returns (active.py).
 
 *Concurrency:* everything under `Memory.lock` but the wait for the disk in `sync`.
 """
 
-import os
-import struct
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
-from crc32c import crc32c
-
-from imgfs.disk import Buffer, Disk
-from imgfs.errors import DiskFailure, StoreFull, disk_error
+from imgfs.active import SMALL_BYTES, Part, Range
+from imgfs.disk import Buffer
+from imgfs.errors import DiskFailure, ImgfsError, StoreFull
+from imgfs.failed_sync import FailedSync
 from imgfs.format import (
     FLAG_PAIR,
-    INDEX_RECORD_BYTES,
     NAMES_BYTES_LIMIT,
     NEEDLES_START,
     OWNED_KINDS,
@@ -33,91 +25,25 @@ from imgfs.format import (
     Kind,
     Needle,
     PreviousEnd,
-    VolumeHeader,
     aligned,
-    inode_of,
 )
-from imgfs.index import checkpoint, empty_state, index_paths, names_a_name, names_header, pack_name, pack_record
-from imgfs.layout import VOLUME_SEALED, WORDS_AT, Word
-from imgfs.load import stale_directories
-from imgfs.settings import MIB, Settings
-from imgfs.superblock import Superblock
-from imgfs.table import Place, Table, VolumeEntry
+from imgfs.index import checkpoint
+from imgfs.layout import VOLUME_SEALED, Word
+from imgfs.requests import NOBODY
+from imgfs.settings import MIB
+from imgfs.table import Place
 from imgfs.volume import Volume
-from imgfs.volumes import volume_path
 
-# XFS allocates a large volume in extents of this size, so that a scan reads it in long runs.
-_EXTENT_BYTES = 16 * MIB
+__all__ = ["SMALL_BYTES", "Log", "Part"]
+
 # Kept free below the format's limit, for the needles that settle directories and seal the volume.
 _END_BYTES = 64 * MIB
 # More than the headers and names of any change that is not large.
 _ROLL_BYTES = 4096
-# Data up to this size is written in one call with its header and footer.
-SMALL_BYTES = 1 * MIB
-_NO_DATA = Checksums(0, ())
-# Python has no name for it.
-_CLOCK_REALTIME_COARSE = 5
-# The words from ACTIVE_END to NAMES_CRC, which every append moves on.
-_PROGRESS = struct.Struct("<6Q")
-assert Word.NAMES_CRC - Word.ACTIVE_END == 5
 
 
-class Part(NamedTuple):
-    """A needle to append, and its data: the buffers in *data*, or what *large* yields."""
-
-    needle: Needle
-    data: Sequence[Buffer] = ()
-    sums: Checksums | None = _NO_DATA
-    large: Iterable[Buffer] | None = None
-
-
-class Log:
+class Log(FailedSync):
     """The writing end of a store that is open for writing."""
-
-    def __init__(self, disk: Disk, directory: str, superblock: Superblock, settings: Settings, table: Table) -> None:
-        """*directory* holds the volumes."""
-        self._disk = disk
-        self._directory = directory
-        self._superblock = superblock
-        self._settings = settings
-        self._table = table
-        self._memory = table.memory
-        self._words = table.memory.words
-        self._volume: Volume | None = None
-        self._records_file = -1
-        self._names_file = -1
-        self._failed: str | None = None
-        self._one_sync = threading.Lock()
-
-    def close(self) -> None:
-        """Close the files; nothing is written."""
-        self._release_files()
-
-    def _release_files(self) -> None:
-        if self._volume is not None:
-            self._volume.close()
-            self._disk.close(self._records_file)
-            self._disk.close(self._names_file)
-            self._volume = None
-
-    def lock(self) -> AbstractContextManager[None]:
-        """Be the only writer; see `Memory.lock`."""
-        return self._memory.lock()
-
-    def now_ns(self) -> int:
-        """Return the time of a change, in ns since 1970.
-
-        By the clock of the kernel, which goes in steps: what it sets itself for utimensat(UTIME_NOW) would else lie
-        before what was changed just now.
-        """
-        return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
-
-    @property
-    def volume(self) -> Volume:
-        """The active volume."""
-        if self._volume is None:
-            raise AssertionError("no volume is active")
-        return self._volume
 
     # -- volumes ----------------------------------------------------------------------------------------------
 
@@ -139,110 +65,48 @@ class Log:
 
     def resume(self, path: str, entry: int, state: IndexState, next_sequence: int, *, checkpointed: bool) -> None:
         """Go on in the volume at *path*, which is durable and whose index files have *state*."""
-        self._activate(Volume.open(self._disk, path, writable=True))
-        self._set_words(entry, state, state.end, next_sequence)
+        self._activate(Volume.open(self._disk, path, writable=True), entry)
+        with self._memory.change():
+            self._set_words(entry, state, state.end, next_sequence)
         if checkpointed:
             self._words[Word.CHECKPOINT_RECORDS] = state.records
 
     def begin_volume(self, previous: PreviousEnd | None = None) -> None:
-        """Make a new active volume; the last one must be sealed.
+        """Make a new active volume; the last one must be sealed. One that a killed writer has made is taken.
 
         With *previous*, the last one ended in torn bytes and could not be sealed by a needle of its own: the new one
         says where it ended. It gets its name only once it also holds what those needles had changed by implication.
         """
-        # Names count, not the table: a volume whose header is damaged must not be overwritten.
-        stems = [name.partition(".")[0] for name in self._disk.names(self._directory)]
-        volume_id = 1 + max((int(stem) for stem in stems if stem.isdigit()), default=0)
-        sequence = max(1, self._words[Word.NEXT_SEQUENCE])
-        header = VolumeHeader(
-            self._superblock.store_id,
-            os.urandom(16),
-            volume_id,
-            sequence,
-            time.time_ns(),
-            self._settings.volume_bytes_max,
-            previous,
-        )
-        path = volume_path(self._directory, volume_id)
-        extent = _EXTENT_BYTES if self._settings.volume_bytes_max >= 16 * _EXTENT_BYTES else 0
-        with self._disk_errors(path):
-            volume = Volume.create(self._disk, path + ".new", header, extent)
-            paths = index_paths(path)
-            for index_path, data in ((paths.records, b""), (paths.names, names_header(volume_id))):
-                file = self._disk.open(index_path, writable=True, create=True)
-                self._disk.truncate(file, 0)
-                self._disk.write(file, 0, [data])
-                self._disk.close(file)
-            if previous is None:
-                self._publish(volume, path)
-        self._release_files()
-        self._activate(volume, paths_of=path)
-        with self._memory.change():
-            entry = self._table.add_volume(VolumeEntry(volume_id, NEEDLES_START, sequence, 0))
-        self._set_words(entry, empty_state(volume_id), NEEDLES_START, sequence)
+        if previous is None and self._take_over():
+            return
+        volume, path = self._new_volume(previous, max(1, self._words[Word.NEXT_SEQUENCE]))
+        if previous is None:
+            self._publish(volume, path)
+        self._enter(volume, path)
         if previous is not None:
             self._settle_directories()
-            with self._disk_errors(path):
-                self._publish(volume, path)
-
-    def _publish(self, volume: Volume, path: str) -> None:
-        """Make *volume* durable under its final name."""
-        self._sync_volume(volume)
-        self._disk.rename(path + ".new", path)
-        try:
-            self._disk.sync_directory(self._directory)
-        except OSError as error:
-            self._failed = f"{path}: its name may not be durable ({error.strerror}); mount again"
-            raise
-        volume.path = path
-
-    def _activate(self, volume: Volume, paths_of: str | None = None) -> None:
-        paths = index_paths(paths_of or volume.path)
-        self._volume = volume
-        # Power loss may have taken the name of a file that holds nothing yet.
-        self._records_file = self._disk.open(paths.records, writable=True, create=True)
-        self._names_file = self._disk.open(paths.names, writable=True)
-
-    def _set_words(self, entry: int, state: IndexState, durable: int, next_sequence: int) -> None:
-        with self._memory.change():
-            for word, value in (
-                (Word.ACTIVE, entry),
-                (Word.ACTIVE_END, state.end),
-                (Word.DURABLE, durable),
-                (Word.INDEX_RECORDS, state.records),
-                (Word.INDEX_CRC, state.records_crc),
-                (Word.NAMES_END, state.names_bytes),
-                (Word.NAMES_CRC, state.names_crc),
-                (Word.CHECKPOINT_RECORDS, 0),
-                (Word.NEXT_SEQUENCE, next_sequence),
-            ):
-                self._memory.put_word(word, value)
-
-    def state(self) -> IndexState:
-        """Return how far the active volume and its index files reach."""
-        words = self._words
-        return IndexState(
-            words[Word.ACTIVE_END],
-            words[Word.INDEX_RECORDS],
-            words[Word.INDEX_CRC],
-            words[Word.NAMES_END],
-            words[Word.NAMES_CRC],
-        )
+            self._publish(volume, path)
 
     def _seal(self) -> None:
         """End the active volume: nothing follows the checkpoint this writes, and all of it is durable."""
         self._settle_directories()
         with self._disk_errors(self.volume.path):
-            self._sync_volume()
+            self._sync_active()
             self._words[Word.DURABLE] = self._words[Word.ACTIVE_END]
             self._write(Part(checkpoint(self.state(), seal=True)))
+            self._finish_seal()
+
+    def _finish_seal(self) -> None:
+        """Make the seal of the active volume durable; a killed writer may not have done it."""
+        words = self._words
+        if words[Word.DURABLE] < words[Word.ACTIVE_END]:
             # Gives back what the extent hint allocated past the end.
-            self.volume.truncate(self._words[Word.ACTIVE_END])
-            self._sync_volume()
-        entry = self._words[Word.ACTIVE]
-        row = self._table.volume(entry)
-        with self._memory.change():
-            self._table.set_volume(entry, row._replace(end=self._words[Word.ACTIVE_END], flags=VOLUME_SEALED))
+            self.volume.truncate(words[Word.ACTIVE_END])
+            self._sync_active()
+            words[Word.DURABLE] = words[Word.ACTIVE_END]
+
+    def _is_sealed(self) -> bool:
+        return bool(self._table.volume(self._words[Word.ACTIVE]).flags & VOLUME_SEALED)
 
     def must_roll(self, size: int) -> bool:
         """Return whether appending *size* bytes may have to seal the volume first, which waits for the disk."""
@@ -254,8 +118,8 @@ class Log:
         names_end = self._words[Word.NAMES_END] + 1 + len(needle.name)
         limit = min(self._settings.volume_bytes_max, VOLUME_BYTES_LIMIT - _END_BYTES)
         fits = end <= limit and names_end <= NAMES_BYTES_LIMIT
-        row = self._table.volume(self._words[Word.ACTIVE])
-        if row.flags & VOLUME_SEALED:
+        if self._is_sealed():
+            self._finish_seal()
             self.begin_volume()
         elif not fits and self._words[Word.ACTIVE_END] > NEEDLES_START:
             if needle.data_size == 0 and end <= VOLUME_BYTES_LIMIT - _END_BYTES // 2 and not self._has_room(0):
@@ -273,19 +137,21 @@ class Log:
         *,
         large: Iterable[Buffer] | None = None,
         second: Part | None = None,
+        answers: bool = False,
+        staged: int = -1,
     ) -> Place:
         """Append *needle* and do what it says to the table; return where it lies.
 
         Its `data_size` bytes are the buffers in *data*, or come from *large* in pieces. Sets sequence number, commit
         time, durable mark and owner. *second* is appended with it: both of them count, or none.
+        *answers*: this is all that the request in hand asks for. *staged*: it holds what is in that staging entry.
 
         Raises:
             StoreFull: no room on the disk; store and table are as before.
             StoreLimit: as `Table.owner_index`.
             DiskFailure: the disk refused; store and table are as before, or the store takes no more changes.
         """
-        if self._failed:
-            raise DiskFailure(self._failed)
+        self._mend()
         length = aligned(needle.length) + (aligned(second.needle.length) if second is not None else 0)
         if (needle.kind in PUT_KINDS or needle.data_size) and not self._has_room(length):
             raise StoreFull("the disk is full: delete images or add space")
@@ -298,7 +164,7 @@ class Log:
             for part in parts:
                 if part.needle.kind in OWNED_KINDS:
                     self._define_owner(part.needle)
-            return self._write(*parts)
+            return self._write(*parts, row=self.requester if answers else NOBODY, staged=staged)
 
     def _has_room(self, size: int) -> bool:
         space = self._disk.space(self._directory)
@@ -322,94 +188,38 @@ class Log:
             definition = Needle(Kind.OWNER, 0, mode=needle.mode, uid=needle.uid, gid=needle.gid, owner=owner)
             self._write(Part(definition))
 
-    def _write(self, *parts: Part) -> Place:
-        """Append *parts* and apply them in one step; return where the first lies."""
-        before = state = self.state()
-        places = []
-        try:
-            for number, part in enumerate(parts):
-                place, state = self._write_part(part, state, self._words[Word.NEXT_SEQUENCE] + number)
-                places.append(place)
-            with self._memory.change():
-                for part, place in zip(parts, places, strict=True):
-                    self._table.apply(part.needle, place)
-                self._memory.put_word(Word.NEXT_SEQUENCE, self._words[Word.NEXT_SEQUENCE] + len(parts))
-                # One entry of the journal for all six.
-                progress = _PROGRESS.pack(state.end, self._words[Word.DURABLE], *state[1:])
-                self._memory.put(WORDS_AT + 8 * Word.ACTIVE_END, progress)
-        except (Exception, KeyboardInterrupt):
-            self._undo(before)
-            raise
-        return places[0]
-
-    def _write_part(self, part: Part, state: IndexState, sequence: int) -> tuple[Place, IndexState]:
-        """Write one needle, its name and its index record behind *state*; return where, and the state then."""
-        needle = part.needle
-        needle.sequence = sequence
-        needle.commit_ns = self.now_ns()
-        needle.ctime_ns = needle.ctime_ns or needle.commit_ns
-        needle.durable = self._words[Word.DURABLE]
-        name_data = pack_name(needle.name) if names_a_name(needle.kind) else b""
-        name_offset = state.names_bytes if name_data else 0
-        if part.large is None:
-            self.volume.write_needle(state.end, needle, part.data, part.sums)
-        else:
-            self.volume.write_large_needle(state.end, needle, part.large)
-        if name_data:
-            self._disk.write(self._names_file, state.names_bytes, [name_data])
-        value = self._table.hash(needle.name) if name_data else 0
-        record = pack_record(needle, state.end, name_offset, value)
-        self._disk.write(self._records_file, state.records * INDEX_RECORD_BYTES, [record])
-        after = IndexState(
-            state.end + needle.length,
-            state.records + 1,
-            crc32c(record, state.records_crc),
-            state.names_bytes + len(name_data),
-            crc32c(name_data, state.names_crc),
-        )
-        return Place(self._words[Word.ACTIVE], state.end, name_offset), after
-
-    def _undo(self, state: IndexState) -> None:
-        """Cut back what a failed append left, or a scan would take it for the change it was not."""
-        try:
-            self.volume.truncate(state.end)
-            self._disk.truncate(self._names_file, state.names_bytes)
-            self._disk.truncate(self._records_file, state.records * INDEX_RECORD_BYTES)
-        except OSError as error:
-            self._failed = f"{self.volume.path}: a failed append cannot be cut back ({error.strerror}); mount again"
-
-    @contextmanager
-    def _disk_errors(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise disk_error(error, path) from error
-
     # -- making durable ---------------------------------------------------------------------------------------
 
     def sync(self, *, final: bool = False) -> None:
         """Make durable all that was appended before the call; write a checkpoint when one is due, or *final*.
 
         Raises:
-            DiskFailure: the disk lost data that it had taken; the store takes no more changes.
+            DiskFailure: the disk lost data that it had taken. What is still whole was appended again elsewhere.
         """
         memory, words = self._memory, self._words
         with memory.lock():
-            if self._failed:
-                raise DiskFailure(self._failed)
-            if self._table.volume(words[Word.ACTIVE]).flags & VOLUME_SEALED:
-                return  # the next volume could not be begun yet; this one is durable, and nothing may follow its seal
+            self._mend()
+            if self._is_sealed():
+                # The next volume could not be begun yet, and nothing may follow the seal of this one.
+                with self._disk_errors(self.volume.path):
+                    self._finish_seal()
+                return
             since = words[Word.INDEX_RECORDS] - words[Word.CHECKPOINT_RECORDS]
             due = since >= self._settings.checkpoint_needles or (final and since > 0)
             if due:
                 due = self._if_room(self._settle_directories)
             state, entry, volume = self.state(), words[Word.ACTIVE], self.volume
+            failures = words[Word.FAILURES]
             if state.end == words[Word.DURABLE] and not due:
                 return
             duplicate = volume.duplicate()
         try:
             with self._disk_errors(volume.path):
-                self._sync_volume(duplicate)
+                self._sync_volume(duplicate, Range(entry, state.end, failures))
+        except DiskFailure:
+            with memory.lock(), suppress(ImgfsError):
+                self._mend()  # if it cannot be now, the next change tries again
+            raise
         finally:
             duplicate.close()
         with memory.lock():
@@ -420,7 +230,7 @@ class Log:
                 words[Word.CHECKPOINT_RECORDS] = words[Word.INDEX_RECORDS]
                 if final:
                     with self._disk_errors(volume.path):
-                        self._sync_volume()
+                        self._sync_active()
                     words[Word.DURABLE] = words[Word.ACTIVE_END]
 
     def _if_room(self, write: Callable[[], object]) -> bool:
@@ -432,34 +242,8 @@ class Log:
             return False
         return True
 
-    def _sync_volume(self, volume: Volume | None = None) -> None:
-        volume = volume or self.volume
-        # The kernel reports a lost page once for an open file and then forgets it: no later sync would say the truth,
-        # nor one at the same time, such as that of a seal.
-        with self._one_sync:
-            if self._failed:
-                raise DiskFailure(self._failed)
-            try:
-                volume.sync()
-            except OSError as error:
-                self._failed = f"{volume.path}: the disk lost data that was written ({error.strerror}); mount again"
-                raise
-
     def _settle_directories(self) -> None:
         """Give every directory whose entries changed a needle with its times, so that the index alone tells them."""
-        if not self._words[Word.STALE_DIRECTORIES]:
-            return
-        for slot in stale_directories(self._memory):
-            record = self._table.record(slot)
-            uid, gid, mode = self._table.owner(record.owner)
-            needle = Needle(
-                Kind.ATTRIBUTES,
-                inode_of(slot, record.generation),
-                uid=uid,
-                gid=gid,
-                mode=mode,
-                mtime_ns=record.mtime_ns,
-                ctime_ns=record.ctime_s * 1_000_000_000,
-            )
+        for needle in self._directory_times():
             self._define_owner(needle)
             self._write(Part(needle))

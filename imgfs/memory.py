@@ -6,8 +6,8 @@ the words mean.
 *Concurrency:* one writer at a time, by `lock`, across threads and processes. Readers take no lock: they read the
 counter, read what they want, and read the counter again (`consistent`). It is odd while the table changes. Before
 the writer overwrites a word it saves the old bytes in the journal; whoever takes the lock and finds the counter odd
-puts them back (`_roll_back`). The counter and the journal's length are aligned 64-bit words, stored in one
-instruction; x86 and the interpreter lock keep stores in order.
+puts them back (`_roll_back`), and carries an unfinished append on (`on_unfinished`). The counter and the journal's
+length are aligned 64-bit words, stored in one instruction; x86 and the interpreter lock keep stores in order.
 """
 
 import fcntl
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
+from imgfs.errors import OtherLayout
 from imgfs.layout import (
     JOURNAL_AT,
     JOURNAL_DATA_MAX,
@@ -68,27 +69,76 @@ class _Change:
         self._memory.end(error)
 
 
+class _OneSync:
+    """`with memory.one_sync`: one process and thread at a time; dies with its holder, and never waits for `lock`."""
+
+    # struct flock of fcntl.h: type, whence, start, length, pid, and the padding of a 64-bit number at the end.
+    _WHOLE = struct.Struct("@hhqqi0q")
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._threads = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._threads.acquire()
+        try:
+            # A kind of lock of its own, beside the flock of the same file.
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLKW, self._WHOLE.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0))
+        except BaseException:
+            self._threads.release()
+            raise
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, self._WHOLE.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 1, 0))
+        finally:
+            self._threads.release()
+
+
 class Memory:
     """The mapping and its discipline; `descriptor` is what another process needs to map the same."""
 
     def __init__(self, descriptor: int | None = None) -> None:
+        """Map *descriptor*, a new memory without one; it is closed by `close`.
+
+        Raises:
+            OtherLayout: another release of imgfs made it.
+        """
         if descriptor is None:
             descriptor = os.memfd_create("imgfs-table", os.MFD_CLOEXEC)
             os.ftruncate(descriptor, MEMORY_BYTES)
+        elif os.fstat(descriptor).st_size != MEMORY_BYTES:
+            raise OtherLayout("the table in memory has another size than that of this release")
         self.descriptor = descriptor
         self.map = mmap.mmap(descriptor, MEMORY_BYTES, mmap.MAP_SHARED | _MAP_NORESERVE)
         # A core dump of a sparse mapping of gigabytes helps nobody.
         self.map.madvise(mmap.MADV_DONTDUMP)
         self.words = memoryview(self.map)[WORDS_AT : WORDS_AT + 8 * WORDS].cast("Q")
-        if not self.words[Word.VERSION]:
-            self.words[Word.VERSION] = LAYOUT_VERSION
-        self._thread_lock = threading.RLock()
-        # flock belongs to the open file, so each process opens the memory anew; a descriptor that came by fork
-        # would share its lock with the parent.
-        self._lock_file = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
-        self._lock_depth = 0
+        version = self.words[Word.VERSION]
+        if version not in (0, LAYOUT_VERSION):
+            self.words.release()
+            self.map.close()
+            raise OtherLayout(f"the table in memory has layout {version}, that of this release is {LAYOUT_VERSION}")
+        self.words[Word.VERSION] = LAYOUT_VERSION
+        # Carries on what a killed writer had begun to append; without it, that waits for somebody who can.
+        self.on_unfinished: Callable[[], None] | None = None
         self._lock = _Lock(self)
         self._change = _Change(self)
+        self._lock_file = -1
+        self._open_lock()
+
+    def _open_lock(self) -> None:
+        # flock belongs to the open file, so each process opens the memory anew; a descriptor that came by fork
+        # would share its lock with the parent.
+        self._lock_file = os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        self._thread_lock = threading.RLock()
+        self._lock_depth = 0
+        self.one_sync = _OneSync(self._lock_file)
+
+    def after_fork(self) -> None:
+        """Be a process of its own: in a child, before anything else is done with the memory."""
+        os.close(self._lock_file)
+        self._open_lock()
 
     def close(self) -> None:
         """Unmap; the memory is gone with its last mapping."""
@@ -107,7 +157,7 @@ class Memory:
     # -- writing ----------------------------------------------------------------------------------------------
 
     def lock(self) -> AbstractContextManager[None]:
-        """Be the only writer; a change that a killed writer left half done is undone first."""
+        """Be the only writer; a change that a killed writer left half done is undone first, an append carried on."""
         return self._lock
 
     def acquire(self) -> None:
@@ -116,12 +166,43 @@ class Memory:
         try:
             if not self._lock_depth:
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX)
-            self._lock_depth += 1
         except BaseException:
             self._thread_lock.release()
             raise
-        if self.words[Word.COUNTER] & 1 and self._lock_depth == 1:
-            self._roll_back()
+        self._entered()
+
+    def _entered(self) -> None:
+        self._lock_depth += 1
+        words = self.words
+        if (words[Word.COUNTER] & 1 or words[Word.APPENDING]) and self._lock_depth == 1:
+            self._carry_on()
+
+    def _carry_on(self) -> None:
+        """Having just taken the lock: put right what a killed writer left."""
+        try:
+            if self.words[Word.COUNTER] & 1:
+                self._roll_back()
+            if self.words[Word.APPENDING] and self.on_unfinished is not None:
+                self.on_unfinished()
+        except BaseException:
+            self.release()
+            raise
+
+    def try_acquire(self) -> bool:
+        """Enter `lock` and return True, or return False at once if another thread or process is in it."""
+        if not self._thread_lock.acquire(blocking=False):
+            return False
+        if not self._lock_depth:
+            try:
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._thread_lock.release()
+                return False
+            except BaseException:
+                self._thread_lock.release()
+                raise
+        self._entered()
+        return True
 
     def release(self) -> None:
         """Leave `lock`."""

@@ -1,51 +1,41 @@
-"""The mount process: opens the store, mounts it, serves it until it is unmounted or told to stop, closes it.
+"""`imgfs mount`: opens the store, mounts it, has it served until it is unmounted or told to stop, closes it.
 
-Owns the order of these steps, the signals, what is logged and where, and the life in the background. Must not
-know requests, nor how images are kept.
+Owns the order of these steps, and what is checked before. Must not know requests, nor how images are kept.
 
-*Concurrency:* all that forks is done before the store is open and before trio runs. Calls that the kernel turns
-into requests to this very process (umount, statvfs of the mountpoint) are made in threads, so that the loop can
-answer them.
+*Concurrency:* one process, one thread, which becomes the supervisor; the workers are its children.
 """
 
-import contextlib
 import functools
-import json
+import gc
 import logging
-import logging.handlers
 import os
 import resource
 import shutil
-import signal
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NamedTuple
 
-import pyfuse3
-import sdnotify
-import trio
-
-from imgfs import errors, mountpoint
-from imgfs.errors import EXIT_FAILURE, EXIT_OK, Busy, ImgfsError, MountFailed
-from imgfs.fs import Filesystem
+from imgfs import handover, logs, maintenance, mountpoint, worker
+from imgfs.background import in_background
+from imgfs.board import Board
+from imgfs.device import DEVICE, Device, Mounting
+from imgfs.errors import EXIT_OK, Busy, MountFailed
+from imgfs.fs import Manner
+from imgfs.handover import Handover
 from imgfs.options import MountOptions
 from imgfs.settings import Settings
 from imgfs.store import Store
+from imgfs.supervisor import Plan, Running, Supervisor
 
 log = logging.getLogger(__name__)
 
-DEVICE = "/dev/fuse"
 FUSE_CONF = "/etc/fuse.conf"
-SYSTEM_LOG = "/dev/log"
 
 # The writer knows of every change; a reader beside another writer does not.
 TIMEOUT_S = 86_400.0
 READER_TIMEOUT_S = 1.0
-# A mount that does not answer its own process for so long never will.
-FIRST_ANSWER_S = 30.0
-# Who still uses a mount that was told to stop gets so long to finish.
-GRACE_S = 5.0
+# More share one device and one lock than they gain.
+WORKERS_DEFAULT_MAX = 4
 # `umount` of the system returns before the daemon has closed the store; a `mount` right behind it waits.
 CLOSING_S = 10.0
 CLOSING_POLL_S = 0.05
@@ -61,140 +51,152 @@ def mount(store_path: str, mountpoint_path: str, options: MountOptions, *, daemo
     Raises:
         ImgfsError: there is nothing mounted; in the background too, as long as this process waits for it.
     """
-    serve = functools.partial(_serve, os.path.abspath(store_path), os.path.abspath(mountpoint_path), options)
+    serve = functools.partial(
+        _serve, os.path.abspath(store_path), os.path.abspath(mountpoint_path), options, in_background=daemon
+    )
     if daemon:
-        return _in_background(serve, options.log and os.path.abspath(options.log))
-    _log_to(logging.StreamHandler(), "imgfs: %(message)s")
+        return in_background(serve, options.log and os.path.abspath(options.log))
+    logs.to_stderr()
     serve(lambda: None)
     return EXIT_OK
 
 
-def _serve(store_path: str, mountpoint_path: str, options: MountOptions, ready: Callable[[], None]) -> None:
+def _serve(
+    store_path: str, mountpoint_path: str, options: MountOptions, ready: Callable[[], None], *, in_background: bool
+) -> None:
     """Do all of it, in order; *ready* is called when the mount answers."""
     _check_fuse(options)
     path = mountpoint.prepare(mountpoint_path, store_path)
     _raise_file_limit()
     with _open(store_path, options) as store:
         _log_recovery(store)
-        try:
-            trio.run(_mounted, store, path, options, ready)
-        except BaseExceptionGroup as group:
-            raise _only(group) from None
-
-
-async def _mounted(store: Store, path: str, options: MountOptions, ready: Callable[[], None]) -> None:
-    timeout_s = options.timeout_s
-    if timeout_s is None:
-        timeout_s = TIMEOUT_S if options.writable else READER_TIMEOUT_S
-    sync_interval_s = options.sync_interval_s or Settings().sync_interval_s
-    filesystem = Filesystem(
-        store, timeout_s=timeout_s, xattrs=options.xattrs, publish_at_close=options.publish_at_close
-    )
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals, _fuse(filesystem, store, path, options):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_announce, path, options, ready)
-            nursery.start_soon(_stop_at_signal, signals, path)
-            if options.writable:
-                nursery.start_soon(_sync_regularly, filesystem, sync_interval_s)
-            await pyfuse3.main()
-            nursery.cancel_scope.cancel()
-    sdnotify.SystemdNotifier().notify("STOPPING=1")
-
-
-@contextlib.contextmanager
-def _fuse(filesystem: Filesystem, store: Store, path: str, options: MountOptions) -> Iterator[None]:
-    """Mount at *path*, and see to it that nothing of the mount is left."""
-    said: list[str] = []
-    try:
-        with _stderr_into(said):
-            pyfuse3.init(filesystem, path, _fuse_options(store, options))
-    except RuntimeError as error:
-        raise MountFailed(f"cannot mount at {path}: {' '.join(said) or error}") from None
-    ours = None
-    try:
+        device = Device.mount(_mounting(store, path, options))
         ours = mountpoint.find(path)
-        yield
+        status = handover.make_status()
+        served = _Served(store_path, path, options, in_background, ours.device if ours else "", status)
+        _supervise(Supervisor(_plan(store, served, device, ready), device), device, served)
+
+
+class _Served(NamedTuple):
+    """A mount, as long as it is served, by whatever release."""
+
+    store_path: str
+    path: str
+    options: MountOptions
+    in_background: bool
+    device_number: str
+    status: int
+
+
+def _supervise(supervisor: Supervisor, device: Device, served: _Served) -> None:
+    """Have it served, and see to it that nothing of the mount is left."""
+    # What is there now stays in memory that parent and children share: no collection touches it.
+    gc.freeze()
+    try:
+        supervisor.run()
     finally:
-        # The descriptor is closed first: pages that a mapping left dirty would wait for an answer in umount.
-        pyfuse3.close(unmount=False)
-        if ours is not None and mountpoint.find(path) == ours:
-            mountpoint.take_away(path, lazy=True)
+        # The device is closed first: pages that a mapping left dirty would wait for an answer in umount.
+        device.close()
+        left = mountpoint.find(served.path)
+        if left is not None and left.device == served.device_number:
+            mountpoint.take_away(served.path, lazy=True)
 
 
-class _Option(str):
-    """A mount option in the bytes of the file system, where pyfuse3 would insist on ASCII."""
+def take_over(state: Handover) -> int:
+    """Go on serving what another release has handed over; return the exit code."""
+    if state.in_background:
+        logs.to_background(state.options.log and os.path.abspath(state.options.log))
+    else:
+        logs.to_stderr()
+    device = Device(state.device, state.init)
+    served = _Served(
+        state.store_path, state.path, state.options, state.in_background, state.device_number, state.status
+    )
+    running = Running(Board(state.board), state.gate, state.workers, state.maintenance)
+    with Store.attach(state.store_path, state.memory, state.lock, writable=state.options.writable) as store:
+        _supervise(Supervisor(_plan(store, served, device, lambda: None), device, running), device, served)
+    return EXIT_OK
 
-    __slots__ = ()
 
-    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
-        return os.fsencode(str(self))
+def try_to_take_over(state: Handover) -> None:
+    """Return if this release could go on with what another one serves.
+
+    Raises:
+        ImgfsError: the reason why not.
+    """
+    store = Store.attach(state.store_path, state.memory, None, writable=False)
+    device = Device(state.device, state.init)
+    worker.try_init(worker.Common(store, device, state.gate, Board(state.board), _manner(state.options)))
 
 
-def _fuse_options(store: Store, options: MountOptions) -> set[str]:
-    # libfuse takes a comma for the end of an option unless a backslash is before it.
-    source = os.path.abspath(store.path).replace("\\", "\\\\").replace(",", "\\,")
-    chosen = {_Option(f"fsname={source}"), "subtype=imgfs", "default_permissions", *options.kernel}
+def _mounting(store: Store, path: str, options: MountOptions) -> Mounting:
+    chosen = {"default_permissions", *options.kernel}
     if options.allow_other:
         chosen.add("allow_other")
     if not options.writable:
         chosen.add("ro")
-    return chosen
+    return Mounting(os.path.abspath(store.path), path, frozenset(chosen))
 
 
-async def _announce(path: str, options: MountOptions, ready: Callable[[], None]) -> None:
-    """Wait until the mount answers, then tell who waits for it."""
+def _manner(options: MountOptions) -> Manner:
+    timeout_s = options.timeout_s
+    if timeout_s is None:
+        timeout_s = TIMEOUT_S if options.writable else READER_TIMEOUT_S
+    return Manner(timeout_s, options.xattrs, options.publish_at_close)
 
-    def ask() -> None:
+
+def _plan(store: Store, served: _Served, device: Device, ready: Callable[[], None]) -> Plan:
+    options = served.options
+    manner = _manner(options)
+    sync_interval_s = options.sync_interval_s or Settings().sync_interval_s
+
+    def work(number: int, board: Board, gate: int) -> None:
+        worker.work(number, worker.Common(store, device, gate, board, manner))
+
+    def state(running: Running) -> Handover:
+        return Handover(
+            store_path=served.store_path,
+            path=served.path,
+            options=options,
+            in_background=served.in_background,
+            device=device.descriptor,
+            memory=store.memory_descriptor,
+            lock=store.lock_descriptor,
+            status=served.status,
+            board=running.board.descriptor,
+            gate=running.gate,
+            workers=running.workers,
+            maintenance=running.maintenance,
+            init=device.init,
+            device_number=served.device_number,
+        )
+
+    def try_upgrade(running: Running, said: int) -> None:
+        os.dup2(said, 2)
+        handover.become(state(running), handover.TRY)
+
+    return Plan(
+        store=store,
+        path=served.path,
+        workers=options.workers or min(WORKERS_DEFAULT_MAX, os.cpu_count() or 1),
+        grace_s=options.grace_s,
+        work=work,
+        maintain=functools.partial(maintenance.maintain, store, sync_interval_s) if options.writable else None,
+        announce=functools.partial(_first_answer, served.path, options),
+        ready=ready,
+        try_upgrade=try_upgrade,
+        upgrade=lambda running: handover.become(state(running), handover.GO),
+        status=served.status,
+    )
+
+
+def _first_answer(path: str, options: MountOptions) -> None:
+    """Wait until the mount answers."""
+    try:
         os.statvfs(path)
         mountpoint.set_read_ahead(path, options.read_ahead_kib)
-
-    try:
-        with trio.fail_after(FIRST_ANSWER_S):
-            await trio.to_thread.run_sync(ask, abandon_on_cancel=True)
-    except (OSError, trio.TooSlowError) as error:
-        raise MountFailed(f"the mount at {path} does not answer: {error or 'no reason given'}") from None
-    log.info("mounted at %s", path)
-    ready()
-    sdnotify.SystemdNotifier().notify("READY=1")
-
-
-async def _sync_regularly(filesystem: Filesystem, interval_s: float) -> None:
-    told = ""
-    while True:
-        await trio.sleep(interval_s)
-        try:
-            await filesystem.sync()
-        except (ImgfsError, OSError) as error:
-            # It will not get better by itself; every interval the same line would only hide the others.
-            if str(error) != told:
-                told = str(error)
-                log.error("sync: %s", told)
-
-
-async def _stop_at_signal(signals: AsyncIterator[int], path: str) -> None:
-    """Unmount at the first signal; at the second, or when that takes too long, stop to serve."""
-    async with trio.open_nursery() as nursery:
-        async for number in signals:
-            log.info("%s: stopping", signal.Signals(number).name)
-            if nursery.child_tasks:
-                pyfuse3.terminate()
-            else:
-                sdnotify.SystemdNotifier().notify("STOPPING=1")
-                nursery.start_soon(_stop, path)
-
-
-async def _stop(path: str) -> None:
-    try:
-        await trio.to_thread.run_sync(mountpoint.take_away, path)
-        # The kernel ends the session when all is answered. If not, a container has a copy of the mount.
-    except Busy:
-        log.warning("%s is in use; its users have %g s to finish", path, GRACE_S)
-        await trio.to_thread.run_sync(functools.partial(mountpoint.take_away, path, lazy=True))
-    except ImgfsError as error:
-        log.warning("%s", error)
-    await trio.sleep(GRACE_S)
-    log.warning("somebody still uses what was mounted at %s; stopping all the same", path)
-    pyfuse3.terminate()
+    except OSError as error:
+        raise MountFailed(f"the mount at {path} does not answer: {error}") from None
 
 
 # -- before the mount -------------------------------------------------------------------------------------------------
@@ -257,110 +259,3 @@ def _log_recovery(store: Store) -> None:
         log.error("damage: %s", damage)
     if len(report.damage) > DAMAGE_NAMED:
         log.error("damage: %d more places; imgfs check names them all", len(report.damage) - DAMAGE_NAMED)
-
-
-@contextlib.contextmanager
-def _stderr_into(said: list[str]) -> Iterator[None]:
-    """Collect the lines that libfuse or fusermount3 write to standard error."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    collected = os.memfd_create("imgfs-stderr")
-    try:
-        os.dup2(collected, 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.lseek(collected, 0, os.SEEK_SET)
-            said += os.read(collected, 65536).decode(errors="replace").splitlines()
-    finally:
-        os.close(collected)
-        os.close(kept)
-
-
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the one exception that trio has wrapped in *group*, or *group* if there are several."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        if len(error.exceptions) > 1:
-            return group
-        error = error.exceptions[0]
-    return error
-
-
-# -- in the background ------------------------------------------------------------------------------------------------
-
-
-def _in_background(serve: Callable[[Callable[[], None]], None], log_path: str | None) -> int:
-    """Run *serve* in a daemon; return when it calls what it is given, raise what it raises before."""
-    outcome, report = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(outcome)
-        os.setsid()
-        if os.fork() == 0:
-            _be_daemon(serve, log_path, report)
-        os._exit(EXIT_OK)
-    os.close(report)
-    os.waitpid(child, 0)
-    with open(outcome, "rb") as pipe:
-        said = pipe.read()
-    if not said:
-        raise MountFailed("the daemon died before the mount answered; its log may tell why")
-    error = json.loads(said)
-    if error is None:
-        return EXIT_OK
-    raise getattr(errors, error["name"])(error["text"])
-
-
-def _be_daemon(serve: Callable[[Callable[[], None]], None], log_path: str | None, report: int) -> NoReturn:
-    code = EXIT_FAILURE
-
-    def tell(error: dict[str, str] | None) -> None:
-        nonlocal report
-        if report >= 0:
-            with contextlib.suppress(BrokenPipeError):  # nobody waits any more
-                os.write(report, json.dumps(error).encode())
-            os.close(report)
-            report = -1
-
-    try:
-        os.chdir("/")
-        _leave_terminal(log_path)
-        serve(lambda: tell(None))
-        code = EXIT_OK
-    except ImgfsError as error:
-        code = error.exit_code
-        log.error("%s", error)
-        tell({"name": type(error).__name__, "text": str(error)})
-    except BaseException as error:
-        log.exception("the daemon ends")
-        tell({"name": "MountFailed", "text": f"the daemon failed, which is a bug: {error!r}"})
-    finally:
-        logging.shutdown()
-        os._exit(code)
-
-
-def _leave_terminal(log_path: str | None) -> None:
-    """Give up the standard files; log to *log_path*, or else to the system log if there is one."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for descriptor in range(3):
-        os.dup2(nothing, descriptor)
-    os.close(nothing)
-    if log_path is not None:
-        try:
-            with open(log_path, "ab") as file:
-                os.dup2(file.fileno(), 2)  # for what Python itself says when it crashes
-        except OSError as error:
-            raise MountFailed(f"cannot write the log {log_path}: {error.strerror}") from None
-        _log_to(logging.handlers.WatchedFileHandler(log_path), "%(asctime)s imgfs[%(process)d]: %(message)s")
-    elif os.path.exists(SYSTEM_LOG):
-        handler = logging.handlers.SysLogHandler(SYSTEM_LOG, logging.handlers.SysLogHandler.LOG_DAEMON)
-        _log_to(handler, "imgfs[%(process)d]: %(message)s")
-    else:
-        _log_to(logging.NullHandler(), "%(message)s")
-
-
-def _log_to(handler: logging.Handler, form: str) -> None:
-    handler.setFormatter(logging.Formatter(form))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -19,6 +20,8 @@ from imgfs.opening import owner
 
 log = logging.getLogger(__name__)
 
+# What tells a daemon to put the installed release in its place.
+UPGRADE = signal.SIGHUP
 FILESYSTEM_TYPE = "fuse.imgfs"
 MOUNT_TABLE = "/proc/self/mountinfo"
 # A living daemon answers a stat from memory; a dead one fails at once. What takes longer hangs.
@@ -100,6 +103,31 @@ def prepare(mountpoint: str, store_path: str) -> str:
     if os.path.commonpath([path, store_path]) == store_path:
         raise MountFailed(f"the mountpoint {path} lies inside the store {store_path}; name a directory outside of it")
     return path
+
+
+def daemon_of(mount: Mount) -> int | None:
+    """Return the pid of the supervisor of *mount*, None if we may not know."""
+    connection = f"fuse_connection:\t{mount.device.partition(':')[2]}\n"
+    serving = set()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            for descriptor in os.listdir(f"/proc/{name}/fd"):
+                if os.readlink(f"/proc/{name}/fd/{descriptor}") == "/dev/fuse":
+                    with open(f"/proc/{name}/fdinfo/{descriptor}", encoding="utf-8") as info:
+                        if connection in info.read():
+                            serving.add(int(name))
+        except OSError:
+            continue  # it ended meanwhile, or is somebody else's
+    # Older kernels do not say which mount a descriptor is of, but the writer of a store is known by its lock.
+    return next((pid for pid in serving if _parent_of(pid) not in serving), None) or _writer_of(mount)
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:

@@ -135,6 +135,26 @@ def open_parts(path: str, disk: Disk, settings: Settings | None, *, writable: bo
         raise disk_error(error, path) from error
 
 
+def attach_parts(
+    path: str, disk: Disk, settings: Settings | None, memory: Memory, lock: int | None, *, writable: bool
+) -> Opened:
+    """Go on with a store whose table is in *memory*, as another process has left it; *lock* holds its lock.
+
+    Raises:
+        NoStore, NewerFormat: as `open_parts`.
+        DiskFailure: as the disk says.
+    """
+    try:
+        superblock, _ = _superblock(path, disk)
+        settings = replace(settings or Settings(), volume_bytes_max=superblock.volume_bytes_max)
+        table = Table(memory, hash_seed(superblock.store_id))
+        directory = f"{path}/{VOLUMES}"
+        writer = Log(disk, directory, superblock, settings, table) if writable else None
+        return Opened(superblock, settings, table, Volumes(disk, directory, table), RecoveryReport(), writer, lock)
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
 def _open_locked(
     path: str, disk: Disk, superblock: Superblock, settings: Settings, memory: Memory, lock: int | None
 ) -> Opened:

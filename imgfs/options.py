@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 
 from imgfs.errors import EXIT_USAGE, InvalidArgument
 
+# Each needs a number of its own in shared memory, also while a dead one is replaced.
+WORKERS_MAX = 8
+
 
 class BadOption(InvalidArgument):
     """A mount option is unknown, or has no such value."""
@@ -34,6 +37,12 @@ class MountOptions:
 
     read_ahead_kib: int = 1024
     """How much the kernel reads ahead of a sequential reader, in requests of up to 1 MiB; only root can set it."""
+
+    workers: int | None = None
+    """How many processes serve the mount; None: one for each processor, at most four."""
+
+    grace_s: float = 5.0
+    """How long users of the mount may go on after SIGTERM."""
 
     log: str | None = None
     """The file a daemon writes its log to; None: the system log."""
@@ -61,7 +70,7 @@ _IGNORED = frozenset(_IGNORED_NAMES.split())
 _IGNORED_WITH_VALUE = frozenset({"user", "comment", "fsname", "subtype"})
 
 _FLAGS = ("ro", "rw", "allow_other", "xattr", "noxattr")
-_VALUES = ("timeout", "sync_interval", "read_ahead", "log", "publish")
+_VALUES = ("timeout", "sync_interval", "read_ahead", "workers", "grace", "log", "publish")
 _PUBLISH = {"create": False, "close": True}
 
 
@@ -92,6 +101,10 @@ def _with(options: MountOptions, item: str) -> MountOptions:
                 return replace(options, sync_interval_s=_number(item, value, least=0.1))
             case "read_ahead":
                 return replace(options, read_ahead_kib=int(_number(item, value)))
+            case "workers":
+                return replace(options, workers=_count(item, value))
+            case "grace":
+                return replace(options, grace_s=_number(item, value))
             case "log" if value:
                 return replace(options, log=value)
             case "publish":
@@ -119,6 +132,12 @@ def _number(item: str, value: str, least: float = 0.0) -> float:
     if not least <= number < math.inf:
         raise BadOption(f"mount option {item!r} needs a number from {least:g} on")
     return number
+
+
+def _count(item: str, value: str) -> int:
+    if not value.isdecimal() or not 1 <= int(value) <= WORKERS_MAX:
+        raise BadOption(f"mount option {item!r} needs a number from 1 to {WORKERS_MAX}")
+    return int(value)
 
 
 def _complaint(name: str, item: str) -> str:

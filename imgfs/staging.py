@@ -2,24 +2,25 @@
 
 Owns the staging files and entries. Must not know needles: the store turns an entry into one when it is flushed.
 
-*Concurrency:* entries are made, changed and ended by the holder of the table's lock. Any worker may write to the
-file of an entry by its number.
+*Concurrency:* entries are made, changed and ended by the holder of the table's lock. A new one becomes visible with its
+inode, which is stored last; changes are journaled. Any process can open the file of an entry by its number.
 """
 
-import contextlib
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from imgfs.disk import Buffer, Disk
 from imgfs.errors import TooManyOpen
-from imgfs.layout import STAGED, STAGED_AT, STAGED_BYTES, STAGED_MAX, Word
+from imgfs.layout import AT_STAGED_STATE, STAGED, STAGED_AT, STAGED_BYTES, STAGED_MAX, STAGED_STATE, Word
 from imgfs.memory import Memory
 
 DIRTY = 1  # flag: differs from what the volumes hold
 SPOILED = 2  # flag: a write found the disk full, so that this is not what somebody meant
 ATTRIBUTED = 4  # flag: extended attributes wait in a file of their own for the first needle of the image
+_TURN = 8  # flag: which of two such files it is
 
 
 class Staged(NamedTuple):
@@ -57,6 +58,10 @@ class Staging:
         self._files: dict[int, int] = {}
         self._lock = threading.Lock()
 
+    def after_fork(self) -> None:
+        """Be a process of its own; files that the parent opened serve both."""
+        self._lock = threading.Lock()
+
     def close(self) -> None:
         for file in self._files.values():
             self._disk.close(file)
@@ -85,15 +90,31 @@ class Staging:
         """Return entry *number*."""
         return Staged._make(STAGED.unpack_from(self._memory.map, STAGED_AT + STAGED_BYTES * number))
 
-    def update(self, number: int, entry: Staged) -> None:
-        """Overwrite entry *number*; the inode, stored last, makes a new one visible."""
-        at = STAGED_AT + STAGED_BYTES * number
-        data = STAGED.pack(*entry)
-        self._memory.map[at + 8 : at + len(data)] = data[8:]
-        self._memory.map[at : at + 8] = data[:8]
+    def look(self, number: int) -> Staged:
+        """Return entry *number* as it was before or after a change; outside of any."""
+        words = self._memory.words
+        before = words[Word.COUNTER]
+        entry = self.entry(number)
+        if before & 1 or words[Word.COUNTER] != before:
+            return self._memory.consistent(lambda: self.entry(number))
+        return entry
 
-    def begin(self, entry: Staged) -> int:
-        """Make *entry* with an empty file; return its number.
+    def put(self, number: int, entry: Staged) -> None:
+        """Within `Memory.change`: change what of entry *number* can change."""
+        self._memory.put(STAGED_AT + STAGED_BYTES * number + AT_STAGED_STATE, STAGED_STATE.pack(*entry[1:6]))
+
+    def update(self, number: int, entry: Staged) -> None:
+        """Change what of entry *number* can change, in one step for every reader."""
+        with self._memory.change():
+            self.put(number, entry)
+
+    def clean(self, number: int) -> None:
+        """Within `Memory.change`: note that needles hold what is in entry *number*."""
+        entry = self.entry(number)
+        self.put(number, entry._replace(flags=entry.flags & ~(DIRTY | ATTRIBUTED)))
+
+    def begin(self, entry: Staged, pieces: Iterable[Buffer] = ()) -> int:
+        """Make *entry* with a file that holds *pieces*; return its number.
 
         Raises:
             TooManyOpen: so many images are being written that no entry is left.
@@ -105,18 +126,35 @@ class Staging:
         if number >= STAGED_MAX:
             raise TooManyOpen(f"{STAGED_MAX} images are being written; close some")
         self._disk.truncate(self.file(number), 0)
+        try:
+            at = 0
+            for piece in pieces:
+                self.write(number, at, piece)
+                at += len(piece)
+        except BaseException:
+            self._disk.truncate(self.file(number), 0)
+            raise
         if number == used:
             self._memory.words[Word.STAGED] = used + 1
-        self.update(number, entry)
+        at = STAGED_AT + STAGED_BYTES * number
+        data = STAGED.pack(*entry)
+        self._memory.map[at + 8 : at + len(data)] = data[8:]
+        self._memory.map[at : at + 8] = data[:8]
         self._numbers[entry.inode] = number
         return number
 
     def end(self, number: int) -> None:
         """Forget entry *number* and free its bytes."""
-        self.drop_attributes(number)
         self._numbers.pop(self.entry(number).inode, None)
-        self.update(number, Staged(0, 0, 0, 0, 0, 0))
+        at = STAGED_AT + STAGED_BYTES * number
+        self._memory.map[at : at + 8] = bytes(8)
         self._disk.truncate(self.file(number), 0)
+
+    def inodes(self) -> list[int]:
+        """Return the inodes of all entries."""
+        used = self._memory.words[Word.STAGED]
+        inodes = np.ndarray((used,), "<u8", self._memory.map, STAGED_AT, (STAGED_BYTES,))
+        return [int(inode) for inode in inodes[inodes > 0]]
 
     def file(self, number: int) -> int:
         """Return a descriptor of the file of entry *number*, which any worker can open by that number."""
@@ -128,45 +166,35 @@ class Staging:
             return file
 
     def read(self, number: int, offset: int, size: int, *, nowait: bool = False) -> bytes:
-        """Return up to *size* bytes at *offset* of what was written; WouldBlock as Disk.read."""
-        size = max(0, min(size, self.entry(number).size - offset))
-        return self._disk.read(self.file(number), offset, size, nowait=nowait) if size else b""
+        """Return up to *size* bytes at *offset* of the file; WouldBlock as Disk.read."""
+        return self._disk.read(self.file(number), offset, size, nowait=nowait) if size > 0 else b""
 
     def write(self, number: int, offset: int, data: Buffer) -> None:
         """Write *data* at *offset*; the caller updates the entry."""
         self._disk.write(self.file(number), offset, [data])
 
     def attributes(self, number: int) -> bytes:
-        """Return the extended attributes that wait for entry *number*, as `set_attributes` got them."""
-        file = self._disk.open(self._attributes_path(number))
+        """Return the extended attributes that wait for entry *number*, as `write_attributes` got them."""
+        file = self._disk.open(self._attributes_path(number, self.entry(number).flags))
         try:
             return self._disk.read(file, 0, self._disk.size(file))
         finally:
             self._disk.close(file)
 
-    def set_attributes(self, number: int, data: bytes) -> None:
-        """Let the extended attributes *data* wait for entry *number*."""
-        path = self._attributes_path(number)
-        file = self._disk.open(path + ".new", writable=True, create=True)
+    def write_attributes(self, number: int, data: bytes) -> Staged:
+        """Return the entry *number* as it is when the extended attributes *data* wait for it; `put` makes it so."""
+        entry = self.entry(number)
+        flags = (entry.flags | ATTRIBUTED) ^ _TURN
+        file = self._disk.open(self._attributes_path(number, flags), writable=True, create=True)
         try:
             self._disk.truncate(file, 0)
             self._disk.write(file, 0, [data])
         finally:
             self._disk.close(file)
-        self._disk.rename(path + ".new", path)
-        entry = self.entry(number)
-        self.update(number, entry._replace(flags=entry.flags | ATTRIBUTED))
+        return entry._replace(flags=flags)
 
-    def drop_attributes(self, number: int) -> None:
-        """Forget the extended attributes that wait for entry *number*, if any do."""
-        entry = self.entry(number)
-        if entry.flags & ATTRIBUTED:
-            self.update(number, entry._replace(flags=entry.flags & ~ATTRIBUTED))
-            with contextlib.suppress(OSError):  # nobody looks at it any more, and the next start removes it
-                self._disk.unlink(self._attributes_path(number))
-
-    def _attributes_path(self, number: int) -> str:
-        return f"{self._directory}/{number:04d}.xattrs"
+    def _attributes_path(self, number: int, flags: int) -> str:
+        return f"{self._directory}/{number:04d}.xattrs{1 if flags & _TURN else 0}"
 
     def truncate(self, number: int, size: int) -> None:
         """Cut or extend the file; the caller updates the entry."""

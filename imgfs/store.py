@@ -7,18 +7,23 @@ extended attributes are in xattrs.py.
 *Concurrency:* see view.py and tree.py. Handles and what is staged lie in shared memory and files, not here.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
+from imgfs.atimes import AccessTimes
 from imgfs.check import Checked, check_volumes
 from imgfs.disk import Buffer, Disk
 from imgfs.errors import IsADirectory
 from imgfs.format import Kind, seconds, slot_of
 from imgfs.handles import WRITE
 from imgfs.layout import Flag
-from imgfs.opening import ROOT, make_store, open_parts
+from imgfs.memory import Memory
+from imgfs.opening import ROOT, Opened, attach_parts, make_store, open_parts
 from imgfs.recover import Damage
+from imgfs.requests import NOBODY, Request
 from imgfs.settings import Settings
 from imgfs.staging import DIRTY, Staged
 from imgfs.table import Record
@@ -32,14 +37,17 @@ __all__ = ["PERMISSIONS", "ROOT", "Attr", "Counts", "Entry", "Location", "Space"
 class Store(Xattrs):
     """An open store; make one with `Store.open`."""
 
-    def __init__(self, path: str, disk: Disk, settings: Settings | None, *, writable: bool) -> None:
-        parts = open_parts(path, disk, settings, writable=writable)
+    def __init__(
+        self, path: str, disk: Disk, settings: Settings | None, *, writable: bool, parts: Opened | None = None
+    ) -> None:
+        parts = parts or open_parts(path, disk, settings, writable=writable)
         super().__init__(path, disk, parts)
         self._log = parts.log
         self._lock_file = parts.lock
-        if writable:
-            self._staging.clear()
-        self._volumes.prefetch_names()
+        self.access_times = AccessTimes(self._memory)
+        """What those who show access times remember of them."""
+        if self._log is not None:
+            self._log.requests = self.requests
 
     @classmethod
     def open(
@@ -50,22 +58,133 @@ class Store(Xattrs):
         Raises:
             NoStore, NewerFormat, Busy, DiskFailure, StoreFull: as `opening.open_parts`.
         """
-        return cls(path, disk or Disk(), settings, writable=writable)
+        store = cls(path, disk or Disk(), settings, writable=writable)
+        if writable:
+            store._staging.clear()
+        store._volumes.prefetch_names()
+        return store
+
+    # -- several processes ------------------------------------------------------------------------------------
+
+    @classmethod
+    def attach(
+        cls,
+        path: str,
+        memory_descriptor: int,
+        lock_descriptor: int | None,
+        *,
+        writable: bool = True,
+        disk: Disk | None = None,
+        settings: Settings | None = None,
+    ) -> Self:
+        """Go on with the store at *path* whose table another process has left in *memory_descriptor*, after an exec.
+
+        Takes over both descriptors; *lock_descriptor* holds the store's lock.
+
+        Raises:
+            OtherLayout: a release with another layout of the table made it; nothing was touched.
+            NoStore, NewerFormat, DiskFailure: as `opening.attach_parts`.
+        """
+        disk = disk or Disk()
+        memory = Memory(memory_descriptor)
+        parts = attach_parts(path, disk, settings, memory, lock_descriptor, writable=writable)
+        return cls(path, disk, settings, writable=writable, parts=parts)
+
+    @property
+    def memory_descriptor(self) -> int:
+        """The table, for `attach`."""
+        return self._memory.descriptor
+
+    @property
+    def lock_descriptor(self) -> int | None:
+        """What holds the store's lock, for `attach`."""
+        return self._lock_file
+
+    def after_fork(self) -> None:
+        """Be a process of its own: in a child, before any other call; no other thread may be in the store meanwhile."""
+        self._memory.after_fork()
+        self._handles.after_fork()
+        self._staging.after_fork()
+        self._volumes.after_fork()
+        self._images.after_fork()
+        if self._log is not None:
+            self._log.after_fork()
+
+    @property
+    def requester(self) -> int:
+        """The row of the request that the next change is made for, or NOBODY; one change at a time."""
+        return self._log.requester if self._log is not None else NOBODY
+
+    @requester.setter
+    def requester(self, row: int) -> None:
+        if self._log is not None:
+            self._log.requester = row
+
+    def settle(self, worker: int, resent: Sequence[Request]) -> list[Request]:
+        """Settle what a worker that died had in hand, as `Requests.settle`; comes after `roll_forward`."""
+        return self.requests.settle(worker, resent)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Be the only one who may change the store; a change takes it by itself."""
+        return self._memory.lock()
+
+    def try_lock(self) -> bool:
+        """Become the only one who may change the store, if nobody is; then `unlock` must follow."""
+        return self._memory.try_acquire()
+
+    def unlock(self) -> None:
+        """Leave what `try_lock` entered."""
+        self._memory.release()
+
+    def roll_forward(self) -> None:
+        """Carry on what processes that were killed left half done, and drop what nobody has open any more.
+
+        Raises:
+            DiskFailure, StoreFull: as the disk says.
+        """
+        if self._log is None:
+            with self._memory.lock():
+                return
+
+        def change(now_ns: int) -> None:
+            for inode in self._staging.inodes():
+                self._drop_unneeded(inode, now_ns)
+
+        self._locked(change)
+
+    def _drop_unneeded(self, inode: int, now_ns: int) -> None:
+        """Within the lock: end what is staged of *inode* if no handle needs it, and an image that is nothing else."""
+        slot = slot_of(inode)
+        record = self._table.record(slot)
+        if record.generation != inode >> 32 or not record.flags & Flag.STAGED:
+            self._staging.end(self._staging.find(inode))  # killed before it was made known, or when it was ended
+            return
+        if record.flags & Flag.UNBORN and record.live and not self._handles.writers(inode):
+            with self._memory.change():
+                self._table.delete_unborn(slot, now_ns)
+        self._images.end_staging(inode)
 
     def close(self) -> None:
         """Make everything durable that was closed, write a checkpoint, and let go of the store."""
         try:
             if self._log is not None:
+                self.roll_forward()
                 self._log.sync(final=True)
         finally:
-            if self._log is not None:
-                self._log.close()
-            self._volumes.close()
-            self._staging.close()
-            self._handles.close()
-            self._memory.close()
-            if self._lock_file is not None:
-                self._disk.close(self._lock_file)
+            self.leave()
+
+    def leave(self) -> None:
+        """Free what this process has of the store; nothing is written, and other processes go on with it."""
+        self.access_times.close()
+        if self._log is not None:
+            self._log.close()
+        self._volumes.close()
+        self._staging.close()
+        self.requests.close()
+        self._handles.close()
+        self._memory.close()
+        if self._lock_file is not None:
+            self._disk.close(self._lock_file)
 
     def __enter__(self) -> Self:
         return self
@@ -84,8 +203,12 @@ class Store(Xattrs):
 
     # -- open images ------------------------------------------------------------------------------------------
 
-    def open_image(self, inode: int, *, write: bool = False, truncate: bool = False, nowait: bool = False) -> int:
+    def open_image(
+        self, inode: int, *, write: bool = False, truncate: bool = False, nowait: bool = False, row: int = NOBODY
+    ) -> int:
         """Return a handle on the image *inode*; at most 4 MiB are verified before it returns.
+
+        *row* is that of the request in hand: the handle is closed if its worker dies before it was answered.
 
         Raises:
             Damaged: its bytes are not those that were written.
@@ -96,7 +219,8 @@ class Store(Xattrs):
             self._images.writer()
         if not truncate:
             self._images.open(inode, nowait=nowait)
-        handle = self._handles.open(inode, WRITE if write else 0)
+        note = functools.partial(self.requests.opened, row) if row >= 0 else None
+        handle = self._handles.open(inode, WRITE if write else 0, note)
         try:
             # The slot may have been given away between the two; from here on the handle keeps it.
             if self._images.record(inode).kind == Kind.DIRECTORY:
@@ -132,9 +256,12 @@ class Store(Xattrs):
             record = Record(flags, 0, 0, slot_of(parent) + 1, 0, 0, 0, now_ns, seconds(now_ns), owner, value)
             handle = -1
             try:
-                handle = self._handles.open(inode, WRITE)
+                row = self.requester
+                note = functools.partial(self.requests.opened, row) if row >= 0 else None
+                handle = self._handles.open(inode, WRITE, note)
                 with self._memory.change():
                     self._table.add_unborn(slot, record, now_ns)
+                    self._applied(inode)
             except BaseException:
                 if handle >= 0:
                     self._handles.release(handle)
@@ -202,10 +329,20 @@ class Store(Xattrs):
         return 0 if self._images.staged(inode) is not None else self._images.record(inode).size
 
     def fsync(self, handle: int) -> None:
-        """`flush`, and make it durable."""
+        """`flush`, and make it durable.
+
+        Raises:
+            DiskFailure: the disk lost it, now or since it was flushed.
+            StoreFull: as `flush`.
+        """
         self.flush(handle)
         if self._log is not None:
             self.sync()
+            self.check_kept(handle)
+
+    def check_kept(self, handle: int) -> None:
+        """Raise DiskFailure if the disk lost the image of *handle* with the end of a volume. BadHandle, Stale."""
+        self._images.check_kept(self.handle_inode(handle))
 
     def release(self, handle: int) -> None:
         """Close *handle*; what was written since the last flush is flushed, or lost if the disk is full. BadHandle."""

@@ -53,6 +53,12 @@ class Tree(View):
         with log.lock():
             return change(log.now_ns())
 
+    def _applied(self, inode: int) -> None:
+        """Within `Memory.change`: mark the request in hand as applied where no needle does it."""
+        row = self._images.writer().requester
+        if row >= 0:
+            self.requests.applied(row, inode)
+
     def _free_name(self, parent: int, name: bytes) -> None:
         """Make sure that *name* can be given in *parent*."""
         if self._directory(parent).flags & Flag.DEAD:
@@ -74,7 +80,7 @@ class Tree(View):
             self._free_name(parent, name)
             inode = self._new_inode()
             needle = Needle(Kind.DIRECTORY, inode, parent, name, 0, mode, uid, gid, mtime_ns=now_ns, ctime_ns=now_ns)
-            self._images.writer().append(needle, [])
+            self._images.writer().append(needle, [], answers=True)
             return inode
 
         return self._locked(change)
@@ -94,7 +100,7 @@ class Tree(View):
             needle = Needle(Kind.SPECIAL, inode, parent, name, 0, mode, uid, gid, mtime_ns=now_ns, ctime_ns=now_ns)
             if device:
                 needle.extras[Tag.DEVICE] = device.to_bytes(4, "little")
-            self._images.writer().append(needle, [])
+            self._images.writer().append(needle, [], answers=True)
             return inode
 
         return self._locked(change)
@@ -121,7 +127,7 @@ class Tree(View):
             self._give_birth(inode, record)
             extras: dict[int, bytes] = {Tag.TARGET: inode.to_bytes(8, "little")}
             needle = Needle(Kind.LINK, self._new_inode(), parent, name, ctime_ns=now_ns, extras=extras)
-            self._images.writer().append(needle, [])
+            self._images.writer().append(needle, [], answers=True)
 
         self._locked(change)
 
@@ -184,9 +190,9 @@ class Tree(View):
                 buffers = [piece for piece in pieces if len(piece)]
                 if sum(map(len, buffers)) != size:
                     raise InvalidArgument(f"the data of {name!r} has not the {size} bytes it was said to have")
-                self._images.writer().append(needle, buffers)
+                self._images.writer().append(needle, buffers, answers=True)
             else:
-                self._images.writer().append(needle, [], large=pieces)
+                self._images.writer().append(needle, [], large=pieces, answers=True)
             self._images.drop_staged(inode)
             return inode
 
@@ -198,11 +204,12 @@ class Tree(View):
         if record.flags & Flag.UNBORN:
             with self._memory.change():
                 self._table.delete_unborn(slot_of(entry), now_ns)
+                self._applied(inode)
         else:
             flags, extras = self._farewell(entry, inode)
             parent = inode_of(record.parent - 1, self._table.record(record.parent - 1).generation)
             needle = Needle(Kind.DELETE, entry, parent, ctime_ns=now_ns, flags=flags, extras=extras)
-            self._images.writer().append(needle, [])
+            self._images.writer().append(needle, [], answers=True)
         self._images.end_staging(inode)
 
     def _farewell(self, entry: int, inode: int) -> tuple[int, dict[int, bytes]]:
@@ -274,7 +281,7 @@ class Tree(View):
             self._give_birth(inode, record)
             extras[Tag.OLD_PARENT] = parent.to_bytes(8, "little")
             needle = Needle(Kind.RENAME, entry, new_parent, new_name, ctime_ns=now_ns, flags=flags, extras=extras)
-            self._images.writer().append(needle, [])
+            self._images.writer().append(needle, [], answers=True)
             if target:
                 self._images.end_staging(target)
 
@@ -304,7 +311,7 @@ class Tree(View):
             ):
                 extras: dict[int, bytes] = {Tag.OLD_PARENT: old.to_bytes(8, "little")}
                 needles.append(Needle(Kind.RENAME, entry, new_parent, new_name, ctime_ns=now_ns, extras=extras))
-            self._images.writer().append(needles[0], [], second=Part(needles[1]))
+            self._images.writer().append(needles[0], [], second=Part(needles[1]), answers=True)
 
         self._locked(change)
 

@@ -17,6 +17,7 @@ from imgfs.images import Images
 from imgfs.layout import SLOTS_MAX, SUBDIRECTORIES_MANY, Flag, Word
 from imgfs.load import links_of, live_bytes
 from imgfs.opening import ROOT, STAGING, Opened
+from imgfs.requests import Requests
 from imgfs.staging import Staging
 from imgfs.table import Record
 
@@ -96,6 +97,7 @@ class View:
         self._memory = parts.table.memory
         self._volumes = parts.volumes
         self._handles = Handles(self._memory)
+        self.requests = Requests(self._memory, self._handles)
         self._staging = Staging(disk, f"{path}/{STAGING}", self._memory)
         self._images = Images(self._table, self._volumes, self._handles, self._staging, parts.log)
 

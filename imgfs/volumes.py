@@ -40,6 +40,10 @@ class Volumes:
         self._open: dict[int, OpenVolume] = {}
         self._lock = threading.Lock()
 
+    def after_fork(self) -> None:
+        """Be a process of its own; files that the parent opened serve both."""
+        self._lock = threading.Lock()
+
     def add(self, entry: int, volume: OpenVolume) -> None:
         """Take over a volume that was opened already."""
         self._open[entry] = volume

@@ -121,10 +121,14 @@ class Xattrs(Tree):
                 return
             data = pack_xattrs(attributes)
             if self._images.record(inode).flags & Flag.UNBORN:
-                self._staging.set_attributes(self._staging.find(inode), data)
+                number = self._staging.find(inode)
+                entry = self._staging.write_attributes(number, data)
+                with self._memory.change():
+                    self._staging.put(number, entry)
+                    self._applied(inode)
             else:
                 needle = Needle(Kind.XATTR, inode, data_size=len(data), ctime_ns=now_ns)
-                self._images.writer().append(needle, [data] if data else [])
+                self._images.writer().append(needle, [data] if data else [], answers=True)
             if self._images.staged(inode) is not None:
                 self._images.set_staged(inode)
 

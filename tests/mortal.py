@@ -84,8 +84,8 @@ class MortalWords:
 class MortalMemory(Memory):
     """The mapping of a process that will be killed."""
 
-    def __init__(self, memory: Memory, life: Life) -> None:
-        super().__init__(os.dup(memory.descriptor))
+    def __init__(self, descriptor: int, life: Life) -> None:
+        super().__init__(descriptor)
         self.words.release()
         self.map.close()
         self.map = MortalMap(self.descriptor, MEMORY_BYTES)
@@ -96,7 +96,7 @@ class MortalMemory(Memory):
 
 @contextmanager
 def mortal(table: Table, life: Life) -> Iterator[Table]:
-    memory = MortalMemory(table.memory, life)
+    memory = MortalMemory(os.dup(table.memory.descriptor), life)
     try:
         yield Table(memory, SEED)
     finally:

@@ -84,6 +84,25 @@ def imgfs(*arguments: str | Path, code: int = 0) -> str:
     return run(sys.executable, "-m", "imgfs", *arguments, code=code)
 
 
+def children_of(parent: int, name: str = "") -> list[int]:
+    """Return the pids of the living children of *parent* that have *name* in their name."""
+    found = []
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        try:
+            if name in Path(f"/proc/{pid}/comm").read_text() and _is_alive(int(pid)):
+                found.append(int(pid))
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def as_user(uid: int, gid: int, call: Callable[[], object]) -> None:
     """Run *call* in a child process of another user; it must not fail."""
     child = os.fork()
@@ -278,10 +297,17 @@ class Mounted:
         self._watchdog: threading.Timer | None = None
 
     def start(
-        self, options: str = "allow_other", *, store: Path | None = None, environment: dict[str, str] | None = None
+        self,
+        options: str = "allow_other",
+        *,
+        store: Path | None = None,
+        environment: dict[str, str] | None = None,
+        fault: tuple[str, str] | None = None,
+        answers: bool = True,
     ) -> None:
-        """Mount, and return when the mount answers."""
-        command = [sys.executable, "-m", "imgfs", "mount", "-o", options, store or self.store, self.point]
+        """Mount, and return when the mount *answers*; *fault*: what goes wrong, as `faulty_daemon.py` takes it."""
+        program = [PROJECT / "tests" / "faulty_daemon.py", *fault] if fault else ["-m", "imgfs"]
+        command = [sys.executable, *program, "mount", "-o", options, store or self.store, self.point]
         with open(self.log, "ab") as log:
             start = log.tell()
             self.process = subprocess.Popen(
@@ -293,7 +319,8 @@ class Mounted:
                 env=_environment() | (environment or {}),
             )
         self.watch()
-        wait_until(lambda: b"mounted at" in self._logged_since(start), "the mount answers", process=self.process)
+        if answers:
+            wait_until(lambda: b"mounted at" in self._logged_since(start), "the mount answers", process=self.process)
 
     def watch(self) -> None:
         """Kill the daemon if it still runs in WATCHDOG_S seconds, counted anew at each call.
@@ -324,10 +351,17 @@ class Mounted:
     def kill(self) -> None:
         """End the daemon as the kernel would, out of memory: at any instruction, without a word."""
         assert self.process is not None
+        served_by = self.children()
         self.process.kill()
         self.wait_for_end(-signal.SIGKILL)
+        wait_until(lambda: not any(map(_is_alive, served_by)), "its workers have died with it")
         self.expected_log.append(r".*: the daemon that had mounted \S+ is dead; clearing its stale mount")
         self.expected_log += [r"the last run was cut off: .*", r"rebuilt .*"]
+
+    def children(self, name: str = "") -> list[int]:
+        """Return the pids of the processes that serve the mount, or of those with *name* in theirs."""
+        assert self.process is not None
+        return children_of(self.process.pid, name)
 
     def drop_caches(self) -> None:
         """Let the kernel forget what it knows of the mount, and the disk below."""

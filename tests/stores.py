@@ -58,6 +58,7 @@ def abandon(store: Store) -> None:
     if store in _opened:
         _opened.remove(store)
     if not store._memory.map.closed:
+        store.requests.close()
         store._handles.close()
         store._memory.close()
 

@@ -9,8 +9,10 @@ import trio
 import trio.testing
 from pyfuse3 import FUSEError
 
+from imgfs.answers import all_answered
 from imgfs.errors import Damaged, NotFound
-from imgfs.fs import Filesystem, GroupSync, all_answered
+from imgfs.fs import Filesystem
+from imgfs.group_sync import GroupSync
 
 DEADLINE_S = 30.0
 HANDLERS = """

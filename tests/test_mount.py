@@ -336,12 +336,16 @@ def test_a_daemon_that_hangs_is_told_from_one_that_is_dead(mounted: Mounted, mon
     monkeypatch.setattr(mountpoint, "PATIENCE_S", 0.2)
     assert mounted.process is not None
     threads = threading.active_count()
-    mounted.process.send_signal(signal.SIGSTOP)
+    # The supervisor first: it would put others in the place of workers that stand still.
+    processes = [mounted.process.pid, *mounted.children()]
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
     try:
         with pytest.raises(mountpoint.Busy, match="has not answered"):
             mountpoint.prepare(str(mounted.point), str(mounted.store))
     finally:
-        mounted.process.send_signal(signal.SIGCONT)
+        for pid in reversed(processes):
+            os.kill(pid, signal.SIGCONT)
     # The question that was left behind uses the mount until it is answered.
     wait_until(lambda: threading.active_count() <= threads, "the daemon has answered")
     with pytest.raises(mountpoint.Busy, match="unmount it first"):

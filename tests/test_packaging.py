@@ -50,7 +50,7 @@ def verify(unit: str, directory: Path) -> subprocess.CompletedProcess[str]:
     command.write_text("#!/bin/sh\n")
     command.chmod(0o755)
     path = directory / UNIT.name
-    path.write_text(unit.replace("ExecStart=imgfs ", f"ExecStart={command} "))
+    path.write_text(re.sub(r"^(Exec\w+=)imgfs ", rf"\1{command} ", unit, flags=re.MULTILINE))
     return run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", path)
 
 

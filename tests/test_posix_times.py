@@ -19,6 +19,8 @@ from places import (
 )
 
 from imgfs.atimes import AccessTimes
+from imgfs.layout import ATIMES_MAX
+from imgfs.memory import Memory
 
 # One mount for all of them.
 pytestmark = [pytest.mark.mount, pytest.mark.root, pytest.mark.xdist_group("posix times")]
@@ -259,9 +261,11 @@ def test_the_time_of_a_write_is_not_that_of_the_close(place: Path) -> None:
 
 
 def test_access_times_are_remembered_for_the_last_that_had_theirs_set() -> None:
-    times = AccessTimes(inodes_max=2)
-    times.put(1, 10)
-    times.put(2, 20)
-    times.put(1, 11)
-    times.put(3, 30)
-    assert [times.get(inode, mtime_ns=7) for inode in (1, 2, 3, 4)] == [11, 7, 30, 7]
+    memory = Memory()
+    times, elsewhere = AccessTimes(memory), AccessTimes(memory)
+    for inode, atime_ns in ((1, 10), (2, 20), (1, -11), (2 + ATIMES_MAX, 30)):
+        times.put(inode, atime_ns)
+    assert [elsewhere.get(inode, mtime_ns=7) for inode in (1, 2, 2 + ATIMES_MAX, 4)] == [-11, 7, 30, 7]
+    times.close()
+    elsewhere.close()
+    memory.close()

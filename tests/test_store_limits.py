@@ -12,7 +12,6 @@ from powercut import SimulatedDisk
 from stores import (
     PATH,
     TINY,
-    abandon,
     abandon_all,
     content,
     disk_of,
@@ -178,22 +177,6 @@ def test_an_append_that_cannot_be_cut_back_ends_all_changes(store: Store) -> Non
     assert names(store) == {b"a"}
     put(store, ROOT, b"b")
     store.close()
-
-
-def test_a_failed_sync_is_final(store: Store) -> None:
-    put(store, ROOT, b"a", b"old")
-    disk_of(store).fail_next("sync", errno.EIO)
-    for message in ("Input/output error", "lost data"):
-        with pytest.raises(ImgfsError, match=message):
-            store.sync()
-    with pytest.raises(ImgfsError, match="lost data"):
-        put(store, ROOT, b"b")
-    assert content(store, store.lookup(ROOT, b"a")) == b"old"
-    with pytest.raises(ImgfsError, match="lost data"):
-        store.close()
-    store = open_store(disk_of(store))
-    put(store, ROOT, b"c")
-    abandon(store)
 
 
 # -- opening ------------------------------------------------------------------------------------------------------

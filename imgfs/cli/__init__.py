@@ -32,6 +32,7 @@ COMMANDS = {
     "mkfs": ("upkeep", "Make a new, empty store."),
     "mount": ("mounting", "Mount a store as a directory."),
     "umount": ("mounting", "Unmount a store."),
+    "upgrade": ("mounting", "Let the installed release take a mount over."),
     "import": ("copying", "Copy a directory tree into a store."),
     "export": ("copying", "Copy a whole store out into a directory."),
     "ls": ("looking", "List images and directories."),

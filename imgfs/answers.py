@@ -1,0 +1,52 @@
+"""What a handler may raise: errors become errnos here, and nowhere else.
+
+Owns that translation. Must not know any handler.
+"""
+
+import errno
+import functools
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from pyfuse3 import FUSEError
+
+from imgfs.errors import ImgfsError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def answered(handler: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    """Let *handler* raise nothing but FUSEError: any other exception would end pyfuse3's loop, and the mount."""
+
+    @functools.wraps(handler)
+    async def answer(*args: Any) -> T:
+        try:
+            return await handler(*args)
+        except FUSEError:
+            raise
+        except ImgfsError as error:
+            if error.errno == errno.EIO:
+                log.error("%s: %s", handler.__name__, error)
+            raise FUSEError(error.errno) from None
+        except OSError as error:
+            log.error("%s: %s", handler.__name__, error)
+            raise FUSEError(errno.ENOSPC if error.errno in _OUT_OF_SPACE else errno.EIO) from None
+        except Exception:
+            log.exception("%s failed; this is a bug in imgfs, the request was answered with EIO", handler.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    return answer
+
+
+def all_answered(operations: type[T]) -> type[T]:
+    """Wrap every handler of the class *operations* with `answered`."""
+    for name, handler in list(vars(operations).items()):
+        if inspect.iscoroutinefunction(handler) and not name.startswith("_"):
+            setattr(operations, name, answered(handler))
+    return operations

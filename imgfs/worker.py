@@ -1,0 +1,78 @@
+"""A worker: serves requests from the FUSE device until the mount is gone, or it is killed.
+
+Owns its pyfuse3 session and its trio loop. Must not know how it was started, nor what becomes of what it leaves: it
+may be killed at any instruction.
+
+*Concurrency:* one trio loop, and threads that wait for the disk. All that others need to carry on is in shared memory.
+"""
+
+import time
+from typing import NamedTuple
+
+import pyfuse3
+import trio
+
+from imgfs.board import Board
+from imgfs.desk import Desk, TrialPassed, at_desk
+from imgfs.device import Device
+from imgfs.errors import MountFailed
+from imgfs.fs import Filesystem, Manner
+from imgfs.gate import Gate
+from imgfs.store import Store
+
+# pyfuse3 starts so many tasks when all others are busy, and ends none: rows are given to them for good, and a buffer of
+# a MiB each.
+_TASKS_MAX = 64
+BEAT_S = 0.5
+
+
+class Common(NamedTuple):
+    """What all workers of a mount share."""
+
+    store: Store
+    device: Device
+    gate: int
+    board: Board
+    manner: Manner
+
+
+def work(number: int, common: Common) -> None:
+    """Be worker *number*, in a process of its own; return when the mount is gone."""
+    store = common.store
+    store.after_fork()
+    desk = Desk(number, common.device, Gate(common.gate), common.board, store.requests)
+    desk.install()
+    filesystem = at_desk(desk, Filesystem(store, desk, common.manner))
+    pyfuse3.init(filesystem, desk.session_path, {"default_permissions"})
+    trio.run(_serve, common.board, number)
+
+
+def try_init(common: Common) -> None:
+    """Return if a worker of this release would answer INIT as it was answered; nothing is served.
+
+    Raises:
+        MountFailed: it would not.
+    """
+    desk = Desk(0, common.device, Gate(common.gate), common.board, common.store.requests, trial=True)
+    desk.install()
+    pyfuse3.init(Filesystem(common.store, desk, common.manner), desk.session_path, {"default_permissions"})
+    try:
+        trio.run(pyfuse3.main)
+    except BaseExceptionGroup as group:
+        if group.subgroup(TrialPassed) is not None:
+            return
+        raise MountFailed(f"a worker of this release fails at INIT: {group.exceptions[0]}") from None
+    raise MountFailed("a worker of this release does not answer INIT")
+
+
+async def _serve(board: Board, number: int) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_beat, board, number)
+        await pyfuse3.main(_TASKS_MAX, _TASKS_MAX)
+        nursery.cancel_scope.cancel()
+
+
+async def _beat(board: Board, number: int) -> None:
+    while True:
+        board.posts[number].beat_ns = time.monotonic_ns()
+        await trio.sleep(BEAT_S)

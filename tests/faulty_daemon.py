@@ -1,0 +1,155 @@
+"""`imgfs` with a fault planted in what its workers do: run as `faulty_daemon.py FAULT ARGUMENT imgfs-arguments...`.
+
+Owns the faults. It runs the real program; only the one thing that a fault names goes wrong.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from imgfs import wire, worker
+from imgfs.cli import main
+from imgfs.disk import Disk
+from imgfs.fs import Filesystem
+from imgfs.memory import Memory
+
+# What a handler does that another process can see: each is a point to die at.
+_DISK_STEPS = ("write", "append", "truncate", "unlink", "rename", "sync", "open", "create")
+
+
+def die_at_name(name: str) -> None:
+    """A worker that looks *name* up dies of a crash."""
+    lookup = Filesystem.lookup
+
+    def crash(self: Filesystem, parent: int, asked: bytes, ctx: Any) -> Any:
+        if asked == name.encode():
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return lookup(self, parent, asked, ctx)
+
+    Filesystem.lookup = crash  # type: ignore[method-assign]
+
+
+def die_at_start(_: str) -> None:
+    """A worker dies before it reads anything."""
+
+    def crash(*_: object) -> None:
+        os._exit(3)
+
+    worker.work = crash  # type: ignore[assignment]
+
+
+def never_resent(_: str) -> None:
+    """The kernel is one that cannot send requests again."""
+    wire.can_resend = lambda init: False  # type: ignore[assignment]
+
+
+def hang_at_name(name: str) -> None:
+    """A worker that looks *name* up does not come back from it, the first time."""
+    marker, _, name = name.rpartition(":")
+    lookup = Filesystem.lookup
+
+    def hang(self: Filesystem, parent: int, asked: bytes, ctx: Any) -> Any:
+        if asked == name.encode() and _claim(marker) is not None:
+            time.sleep(3600)
+        return lookup(self, parent, asked, ctx)
+
+    Filesystem.lookup = hang  # type: ignore[method-assign]
+
+
+def hold_the_gate(marker: str) -> None:
+    """A worker that has taken the gate to read waits for long, the first time; a signal interrupts that."""
+    from imgfs.desk import Desk
+
+    try_gate = Desk._try_gate
+
+    def hold(self: Desk) -> bool:
+        got = try_gate(self)
+        if got and _claim(marker) is not None:
+            ctypes.PyDLL(None).pause()
+        return got
+
+    Desk._try_gate = hold  # type: ignore[method-assign]
+
+
+def die_at_step(marker: str) -> None:
+    """A worker that finds the file *marker* when it begins a change takes it, and dies at the step it names.
+
+    Steps are the beginning of the handler, every call that changes a file, the end of every change of the table, and
+    the end of the handler, when only the answer is missing.
+    """
+    left = -1
+
+    def step() -> None:
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **named: Any) -> Any:
+            step()
+            try:
+                return call(*args, **named)
+            finally:
+                step()
+
+        return run
+
+    for name in _DISK_STEPS:
+        if hasattr(Disk, name):
+            setattr(Disk, name, counted(getattr(Disk, name)))
+    Memory.end = counted(Memory.end)  # type: ignore[method-assign]
+
+    def armed(handler: Callable[..., Any]) -> Callable[..., Any]:
+        async def run(*args: Any) -> Any:
+            nonlocal left
+            claimed = _claim(marker)
+            if claimed is not None:
+                left = claimed
+            step()
+            try:
+                return await handler(*args)
+            finally:
+                step()
+                if claimed is not None and left >= 0:
+                    # All steps are done, and it lives: nothing more to try.
+                    os.close(os.open(f"{marker}.survived", os.O_WRONLY | os.O_CREAT))
+                    left = -1
+
+        return run
+
+    changes = (
+        "create mkdir mknod symlink link unlink rmdir rename setattr setxattr removexattr write flush release open"
+    )
+    for name in changes.split():
+        setattr(Filesystem, name, armed(getattr(Filesystem, name)))
+
+
+def _claim(marker: str) -> int | None:
+    """Take the file *marker*, if nobody else has; return the number in it."""
+    try:
+        os.rename(marker, f"{marker}.{os.getpid()}")
+    except FileNotFoundError:
+        return None
+    with open(f"{marker}.{os.getpid()}") as file:
+        number = int(file.read() or 0)
+    os.unlink(f"{marker}.{os.getpid()}")
+    return number
+
+
+FAULTS = {
+    "die-at-name": die_at_name,
+    "die-at-start": die_at_start,
+    "die-at-step": die_at_step,
+    "hang-at-name": hang_at_name,
+    "hold-the-gate": hold_the_gate,
+    "never-resent": never_resent,
+}
+
+if __name__ == "__main__":
+    FAULTS[sys.argv[1]](sys.argv[2])
+    sys.exit(main(sys.argv[3:]))

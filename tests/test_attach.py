@@ -1,0 +1,124 @@
+"""Another process goes on with an open store: it finds all of it, and both see what the other does."""
+
+import os
+from dataclasses import replace
+
+import pytest
+from killed_store import SMALL, new_store, on_disk
+from mortal import in_process, status_of
+from stores import content, names, put, read_all
+
+from imgfs.disk import Disk
+from imgfs.errors import Busy, OtherLayout
+from imgfs.layout import Word
+from imgfs.settings import KIB
+from imgfs.store import ROOT, Store
+
+
+def attached(store: Store) -> Store:
+    return Store.attach(store.path, os.dup(store.memory_descriptor), None, settings=store.settings)
+
+
+def test_what_is_open_stays_open() -> None:
+    with new_store() as store:
+        inode, handle = store.create_image(ROOT, b"a", 0o640, 1, 2)
+        store.write(handle, 0, b"half")
+        gone = store.open_image(put(store, ROOT, b"gone", b"unlinked"))
+        store.unlink(ROOT, b"gone")
+        other = attached(store)
+        assert other.lookup(ROOT, b"a") == inode
+        assert read_all(other, handle) == b"half"
+        assert bytes(other.read(gone, 0, 100)) == b"unlinked"
+        other.write(handle, 4, b" and half")
+        other.flush(handle)
+        assert content(store, inode) == b"half and half"
+        store.release(handle)
+        other.release(gone)
+        assert store._handles.count() == 0
+        assert names(other) == names(store) == {b"a"}
+        other.leave()
+
+
+def test_both_append_and_follow_each_other_to_the_next_volume() -> None:
+    with new_store() as store:
+        other = attached(store)
+        for number in range(40):
+            put((store, other)[number % 2], ROOT, b"%d" % number, b"%d" % number * 4 * KIB)
+        assert store.counts().volumes > 4
+        for each in (store, other):
+            for number in range(40):
+                assert content(each, each.lookup(ROOT, b"%d" % number)) == b"%d" % number * 4 * KIB
+        other.sync()
+        other.leave()
+        put(store, ROOT, b"last")
+        with on_disk(store) as again:
+            assert len(names(again)) == 41
+            assert not again.report.damage
+
+
+def test_it_takes_the_lock_over() -> None:
+    with new_store() as store:
+        lock = store.lock_descriptor
+        assert lock is not None
+        heir = Store.attach(store.path, os.dup(store.memory_descriptor), os.dup(lock), settings=store.settings)
+        put(heir, ROOT, b"a")
+        with pytest.raises(Busy):
+            Store.open(store.path)
+        heir.leave()
+
+
+def test_another_layout_is_refused_and_nothing_touched() -> None:
+    with new_store() as store:
+        words = store._memory.words
+        version, words[Word.VERSION] = words[Word.VERSION], 99
+        before = len(os.listdir("/proc/self/fd"))
+        descriptor = os.dup(store.memory_descriptor)
+        with pytest.raises(OtherLayout, match="layout 99"):
+            Store.attach(store.path, descriptor, None)
+        os.close(descriptor)
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert words[Word.VERSION] == 99
+        words[Word.VERSION] = version
+        small = os.memfd_create("small")
+        with pytest.raises(OtherLayout, match="another size"):
+            Store.attach(store.path, small, None)
+        os.close(small)
+
+
+def test_a_child_that_forked_is_a_process_of_its_own() -> None:
+    with new_store(replace(SMALL, volume_bytes_max=256 * KIB)) as store:
+        handle = store.open_image(put(store, ROOT, b"before", b"old"), write=True)
+
+        def work() -> None:
+            store.after_fork()
+            put(store, ROOT, b"child", bytes(200 * KIB))
+            put(store, ROOT, b"in the next volume", bytes(100 * KIB))
+            store.write(handle, 0, b"new")
+            store.release(handle)
+            store.sync()
+
+        with store.lock():
+            pid = in_process(work)  # it waits: the lock that it inherited is not its own
+            put(store, ROOT, b"parent")
+        assert status_of(pid) == 0
+        assert names(store) == {b"before", b"child", b"parent", b"in the next volume"}
+        assert content(store, store.lookup(ROOT, b"before")) == b"new"
+        put(store, ROOT, b"after")
+        assert content(store, store.lookup(ROOT, b"after")) == b"data"
+
+
+def test_who_reads_only_may_share_as_well() -> None:
+    with new_store() as store:
+        inode = put(store, ROOT, b"a", b"bytes")
+        path = store.path
+        store.sync()
+        reader = Store.open(path, writable=False, disk=Disk())
+
+        def work() -> None:
+            reader.after_fork()
+            assert content(reader, inode) == b"bytes"
+            reader.roll_forward()
+
+        assert status_of(in_process(work)) == 0
+        assert content(reader, inode) == b"bytes"
+        reader.close()

@@ -1,0 +1,154 @@
+"""Requests in hand: what is left of a dead worker's, and that each is answered once with its true result."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from imgfs.errors import BadHandle
+from imgfs.handles import Handles
+from imgfs.layout import REQUESTS_MAX
+from imgfs.memory import Memory
+from imgfs.requests import TASKS_MAX, WORKERS_MAX, Request, Requests, Result
+
+ONE = Request(9, 100, 1, 0xFFFF_FFFF_FFFF_FFFF)
+OTHER = Request(12, 101, 1 << 39, 7)
+ROW = 3 * TASKS_MAX  # the first of worker 3
+
+
+class Shared:
+    def __init__(self) -> None:
+        self.memory = Memory()
+        self.handles = Handles(self.memory)
+        self.requests = Requests(self.memory, self.handles)
+
+    def apply(self, row: int, inode: int) -> None:
+        with self.memory.lock(), self.memory.change():
+            self.requests.applied(row, inode)
+
+    def close(self) -> None:
+        self.requests.close()
+        self.handles.close()
+        self.memory.close()
+
+
+@pytest.fixture
+def shared() -> Iterator[Shared]:
+    shared = Shared()
+    yield shared
+    shared.close()
+
+
+def test_a_row_holds_its_request_until_it_is_answered(shared: Shared) -> None:
+    requests = shared.requests
+    requests.begin(ROW, ONE)
+    requests.begin(ROW + TASKS_MAX - 1, OTHER)
+    assert requests.in_hand(3) == [(ROW, ONE, None), (ROW + TASKS_MAX - 1, OTHER, None)]
+    assert requests.busy(3)
+    assert not requests.busy(2)
+    assert not requests.busy(4)
+    shared.apply(ROW, 77)
+    assert requests.in_hand(3)[0] == (ROW, ONE, Result(77, 0))
+    requests.end(ROW)
+    requests.end(ROW + TASKS_MAX - 1)
+    assert requests.in_hand(3) == []
+    requests.begin(ROW, OTHER)
+    assert requests.in_hand(3) == [(ROW, OTHER, None)], "nothing is left of the last request"
+    requests.clear(3)
+    assert not requests.busy(3)
+
+
+def test_the_last_row_of_the_last_worker(shared: Shared) -> None:
+    shared.requests.begin(REQUESTS_MAX - 1, ONE)
+    assert shared.requests.in_hand(WORKERS_MAX - 1) == [(REQUESTS_MAX - 1, ONE, None)]
+
+
+def test_an_undone_change_has_not_applied_its_request(shared: Shared) -> None:
+    shared.requests.begin(ROW, ONE)
+    with pytest.raises(KeyError), shared.memory.lock(), shared.memory.change():
+        shared.requests.applied(ROW, 5)
+        raise KeyError
+    assert shared.requests.in_hand(3) == [(ROW, ONE, None)]
+
+
+def test_what_was_applied_and_is_sent_again_is_answered_from_the_list_once(shared: Shared) -> None:
+    requests = shared.requests
+    requests.begin(ROW, ONE)
+    handle = shared.handles.open(50, 1, lambda handle: requests.opened(ROW, handle))
+    shared.apply(ROW, 50)
+    assert requests.settle(3, [OTHER, ONE]) == []
+    assert not requests.busy(3)
+    assert requests.resent(5 * TASKS_MAX, OTHER) is None
+    assert requests.resent(5 * TASKS_MAX, ONE) == Result(50, handle)
+    assert requests.resent(6 * TASKS_MAX, ONE) is None, "the next one of that kind is another request"
+    assert shared.handles.get(handle) == (50, 1)
+
+
+def test_what_was_answered_keeps_its_handle_and_is_forgotten(shared: Shared) -> None:
+    requests = shared.requests
+    requests.begin(ROW, ONE)
+    handle = shared.handles.open(50, 1, lambda handle: requests.opened(ROW, handle))
+    shared.apply(ROW, 50)
+    assert requests.settle(3, []) == []
+    assert requests.resent(ROW, ONE) is None
+    assert shared.handles.get(handle) == (50, 1)
+
+
+def test_what_was_not_applied_gives_its_handle_back(shared: Shared) -> None:
+    requests = shared.requests
+    requests.begin(ROW, ONE)
+    handle = shared.handles.open(50, 0, lambda handle: requests.opened(ROW, handle))
+    assert requests.settle(3, [ONE]) == [ONE]
+    with pytest.raises(BadHandle):
+        shared.handles.get(handle)
+    assert requests.resent(ROW, ONE) is None
+
+
+def test_who_answers_from_the_list_may_die_too(shared: Shared) -> None:
+    requests = shared.requests
+    requests.begin(ROW, ONE)
+    shared.apply(ROW, 50)
+    requests.settle(3, [ONE])
+    for worker in (4, 5, 6):
+        row = worker * TASKS_MAX
+        requests.begin(row, ONE)
+        assert requests.resent(row, ONE) == Result(50, 0)
+        assert requests.settle(worker, [ONE]) == []
+    requests.begin(ROW, ONE)
+    assert requests.resent(ROW, ONE) == Result(50, 0)
+    requests.end(ROW)
+    requests.settle(3, [])
+    assert requests.resent(ROW, ONE) is None
+
+
+def test_what_its_sender_gave_up_is_dropped_with_its_handle(shared: Shared) -> None:
+    requests = shared.requests
+    requests.begin(ROW, ONE)
+    handle = shared.handles.open(50, 1, lambda handle: requests.opened(ROW, handle))
+    shared.apply(ROW, 50)
+    requests.settle(3, [ONE])
+    requests.settle(4, [OTHER])  # at the next death the kernel no longer sends it
+    assert requests.resent(ROW, ONE) is None
+    with pytest.raises(BadHandle):
+        shared.handles.get(handle)
+
+
+def test_equal_requests_are_told_apart_by_their_number(shared: Shared) -> None:
+    requests = shared.requests
+    for row in (ROW, ROW + 1):
+        requests.begin(row, ONE)
+    assert requests.settle(3, [ONE]) == [ONE], "one of two was answered"
+
+
+def test_more_than_a_page_of_them(shared: Shared) -> None:
+    requests = shared.requests
+    many = [Request(9, pid, 1, pid * 3) for pid in range(TASKS_MAX)]
+    for worker in (1, 2, 3):
+        for task, request in enumerate(many):
+            requests.begin(worker * TASKS_MAX + task, request._replace(node=worker))
+            shared.apply(worker * TASKS_MAX + task, request.pid + 1)
+    resent = [request._replace(node=worker) for worker in (1, 2, 3) for request in many]
+    for worker in (1, 2, 3):
+        assert requests.settle(worker, resent) == []
+    for request in reversed(resent):
+        assert requests.resent(0, request) == Result(request.pid + 1, 0)
+    assert requests.resent(0, resent[0]) is None
