@@ -59,6 +59,7 @@ def abandon(store: Store) -> None:
         _opened.remove(store)
     if not store._memory.map.closed:
         store.requests.close()
+        store.access_times.close()
         store._handles.close()
         store._memory.close()
 
