@@ -361,3 +361,24 @@ def test_a_name_is_not_given_to_what_had_the_slot_before(clock: Clock) -> None:
             disk.flip(at.path, at.offset + 5)
     with open_store(disk) as store:
         assert b"/public" not in snapshot(store)
+
+
+@ENDINGS
+def test_an_own_name_that_should_be_gone(clock: Clock, ending: str) -> None:
+    """That it went is lost; the image is written again without one, or ends with its last link."""
+    work = Workload(clock, REUSING)
+    work.mkdir(b"/d")
+    for name in (b"/d/a", b"/d/b"):
+        work.create(name, b"bytes")
+        work.link(name, name[2:])
+        work.unlink(name)
+    work.overwrite(b"/a", b"more bytes")
+    work.rmdir(b"/d")
+    work.mkdir(b"/x")  # in the slot of the other directory, to which the second own name belongs
+    work.unlink(b"/b")
+    sample = finished(work, ending)
+    for number in (0, 1):
+        with open_store(lose(sample, Kind.DELETE, number)) as store:
+            seen = snapshot(store)
+        assert seen.keys() == sample.wanted.keys()
+        assert seen[b"/a"].data == b"more bytes"
