@@ -18,9 +18,10 @@ stop: ## unmount what `make run` mounted
 test: .venv/test-ready ## run all tests
 	@scripts/test.sh
 
-soak: .venv/test-ready ## crash and damage tests at length (a quarter of an hour)
+soak: .venv/test-ready ## what a crash, damage or any use may do, at length (half an hour, 20 GB)
 	@IMGFS_SOAK=4 scripts/test.sh --timeout 3600 tests/test_crash_matrix.py tests/test_index_damage.py \
-		tests/test_torn_or_corrupt.py tests/test_damage_to_others.py
+		tests/test_torn_or_corrupt.py tests/test_damage_to_others.py \
+		tests/test_file_model.py tests/test_tree_model.py
 
 soak-mount: .venv/test-ready ## kill what serves a mount, under load, minutes for each way (20 minutes)
 	@IMGFS_SOAK=2 scripts/test.sh tests/test_survival.py

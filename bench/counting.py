@@ -1,7 +1,8 @@
-"""The daemon of imgfs with a count of every request: `python -m bench.counting mount COUNTS STORE MOUNTPOINT`.
+"""The daemon of imgfs with a count of every request: `python -m bench.counting mount COUNTS OPTIONS STORE MOUNTPOINT`.
 
-COUNTS is a file of 64-bit words, one for each handler in the order of `HANDLERS`. What the kernel or libfuse answers
-without asking a handler does not count; FORGET, which has no answer, counts once for each message.
+COUNTS is a file of 64-bit words, one for each handler in the order of `HANDLERS`; OPTIONS are those of any mount. What
+the kernel or libfuse answers without asking a handler does not count; FORGET, which has no answer, counts once for each
+message.
 """
 
 import inspect
@@ -17,7 +18,7 @@ import pyfuse3
 import imgfs.worker
 from imgfs.fs import Filesystem
 from imgfs.mount import mount
-from imgfs.options import MountOptions
+from imgfs.options import parse
 
 HANDLERS = tuple(
     sorted(
@@ -65,10 +66,10 @@ def counting(path: str) -> type[Filesystem]:
 
 
 def main() -> int:
-    _, counts, store, point = sys.argv[1:]
+    _, counts, chosen, store, point = sys.argv[1:]
     imgfs.worker.Filesystem = counting(counts)  # type: ignore[attr-defined]
     # One worker: the counts are words that each process would write over.
-    return mount(store, point, MountOptions(workers=1), daemon=False)
+    return mount(store, point, parse([chosen, "workers=1"]), daemon=False)
 
 
 if __name__ == "__main__":

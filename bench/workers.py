@@ -62,9 +62,9 @@ def run(site: Site, size: str) -> Result:
         for clients in _CLIENTS:
             _measure(site, result, store, tops, names, clients, chosen)
     result.notes.append(
-        f"{chosen.images:,} images of {_IMAGE_BYTES:,} bytes in memory, in random order; windows of {chosen.window_s:g} "
-        f"s, {chosen.rounds} for each system, in turns. Clients are Python processes on the same cores. libfuse in C is "
-        "`passthrough_ll -o cache=always` of its examples on the XFS, JuiceFS has its objects and SQLite on it."
+        f"{chosen.images:,} images of {_IMAGE_BYTES:,} bytes, in random order; windows of {chosen.window_s:g} s, "
+        f"{chosen.rounds} for each, in turns. Clients are Python processes on the same cores. libfuse in C is its "
+        "example `passthrough_ll -o cache=always` on the XFS; JuiceFS has its objects and SQLite there."
     )
     return result
 
@@ -79,14 +79,15 @@ def _measure(
     chosen: _Size,
 ) -> None:
     samples: dict[str, list[float]] = {}
-    for number, order in rounds(chosen.rounds, (*_WORKERS, *tops)):
-        for system in order:
+    ours = {f"{workers} workers": workers for workers in _WORKERS}
+    for number, order in rounds(chosen.rounds, (*ours, *tops)):
+        for what in order:
             with contextlib.ExitStack() as stack:
-                if isinstance(system, int):
-                    mounted = stack.enter_context(site.mounted(store, "imgfs", "--workers", str(system)))
-                    top, what = mounted.point, f"{system} workers"
+                if what in ours:
+                    workers = str(ours[what])
+                    top = stack.enter_context(site.mounted(store, "imgfs", "--workers", workers)).point
                 else:
-                    top, what = tops[system], system
+                    top = tops[what]
                 read_files(top, names)
                 jobs = [
                     functools.partial(read_for, top, names, chosen.window_s, number * clients + client)
@@ -96,9 +97,9 @@ def _measure(
             samples.setdefault(what, []).append(sum(counts) / seconds)
             say(f"round {number + 1}, {clients} clients, {what}: {sum(counts) / seconds:,.0f} /s")
     others = {name: samples[name] for name in tops if name != "xfs"}
-    for workers in _WORKERS:
-        who = f"{clients} client{'s' * (clients > 1)}, {workers} worker{'s' * (workers > 1)}"
-        result.add(f"open, read, close, {who}", "/s", samples[f"{workers} workers"], samples["xfs"], others)
+    for what, count in ours.items():
+        who = f"{clients} client{'s' * (clients > 1)}, {count} worker{'s' * (count > 1)}"
+        result.add(f"open, read, close, {who}", "/s", samples[what], samples["xfs"], others)
 
 
 @contextlib.contextmanager

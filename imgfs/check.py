@@ -15,12 +15,15 @@ import numpy.typing as npt
 
 from imgfs.errors import Damaged
 from imgfs.format import ALIGNMENT, NEEDLES_START, VOLUME_HEADER_COPIES, Kind, Needle, inode_of, unpack_volume_header
-from imgfs.layout import RECORDS_AT, Flag, Word
-from imgfs.load import RECORDS
+from imgfs.layout import RARE_AT, RECORDS_AT, Flag, Word
+from imgfs.load import RARE_ENTRIES, RECORDS
 from imgfs.recover import Damage
 from imgfs.table import Table
 from imgfs.volume import Gap, Volume
 from imgfs.volumes import Volumes
+
+# The kinds of needles that the table points at; of a directory it holds all that its needle says.
+_POINTED_AT = (Kind.FILE, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK, Kind.XATTR)
 
 
 class Checked(NamedTuple):
@@ -42,7 +45,7 @@ class _Bad(NamedTuple):
 def check_volumes(table: Table, volumes: Volumes) -> Iterator[Checked | Damage]:
     """Yield what is damaged in *volumes*, each image of *table* that is concerned by itself, and how far it is.
 
-    Damage that no image of the table needs any more is told with inode 0.
+    Damage that no image of the table needs any more is told with inode 0; of a further name, with the link's own.
     """
     needles = done = 0
     rows = table.memory.words[Word.VOLUMES]
@@ -70,7 +73,7 @@ class _VolumeCheck:
         self._durable = NEEDLES_START
         self.needles = 0
         self._bad: list[_Bad] = []
-        # Offset / 8 and slot of each whole needle that holds an image or a link: 12 bytes for each.
+        # Offset / 8 and slot of each whole needle that the table points at: 12 bytes for each.
         self._offsets = array("I")
         self._slots = array("I")
 
@@ -93,7 +96,7 @@ class _VolumeCheck:
                 end = offset + needle.length
                 self._bad.append(_Bad(offset, end, "the data does not match its checksum", needle))
             else:
-                if needle.kind in (Kind.FILE, Kind.SYMLINK):
+                if needle.kind in _POINTED_AT:
                     self._offsets.append(offset // ALIGNMENT)
                     self._slots.append(needle.inode & 0xFFFF_FFFF)
             yield Checked(self.needles, offset + needle.length)
@@ -117,37 +120,45 @@ class _VolumeCheck:
         lost = self._lost()
         volume_id = self._volume.header.volume_id
         for item in bad:
-            concerned = [(offset, inode) for offset, inode in lost.items() if item.start <= offset < item.end]
-            for offset, inode in concerned:
+            concerned = [(offset, *what) for offset, what in lost.items() if item.start <= offset < item.end]
+            for offset, inode, attributes in concerned:
                 del lost[offset]
                 text = item.text if item.needle else "its header is damaged"
+                text = "its extended attributes are damaged" if attributes else text
                 end = item.end if item.needle else offset
                 yield Damage(volume_id, offset, max(end - offset, ALIGNMENT), text, inode)
             if not concerned:
                 text = item.text + ("; no image needs it any more" if item.needle else "")
                 yield Damage(volume_id, item.start, item.end - item.start, text)
-        for offset, inode in sorted(lost.items()):
+        for offset, (inode, _) in sorted(lost.items()):
             yield Damage(volume_id, offset, ALIGNMENT, "the index points at another needle; rebuild the index", inode)
 
-    def _lost(self) -> dict[int, int]:
-        """Return the images that the table has in this volume where no whole needle of theirs lies: offset to inode."""
+    def _lost(self) -> dict[int, tuple[int, bool]]:
+        """Return what the table has in this volume where no such whole needle lies.
+
+        By offset: the inode, and whether it is its extended attributes that should be there.
+        """
         memory = self._table.memory
         records = np.frombuffer(memory.map, RECORDS, memory.words[Word.SLOTS], RECORDS_AT)
         flags = records["flags"]
         kinds = flags & Flag.KIND
-        chosen = (kinds == Kind.FILE) | (kinds == Kind.SYMLINK)
-        chosen &= flags & (Flag.DEAD | Flag.UNBORN) == 0
-        chosen &= records["volume"] == self._entry
-        slots = np.flatnonzero(chosen)
-        wanted = _keys(records["offset8"][slots], slots + 1)
+        alive = flags & (Flag.DEAD | Flag.UNBORN) == 0
+        slots = np.flatnonzero(np.isin(kinds, _POINTED_AT) & alive & (records["volume"] == self._entry))
+        rare = np.frombuffer(memory.map, RARE_ENTRIES, memory.words[Word.RARE_ENTRIES], RARE_AT)
+        rare = rare[(rare["slot"] > 0) & (rare["volume"] == self._entry + 1)]
+        held = rare["slot"].astype(np.int64) - 1
+        current = alive[held] & (records["hash_generation"][held] >> 24 == rare["generation"])
         found = _keys(np.array(self._offsets, np.uint32), np.array(self._slots, np.uint32))
-        lost = slots[~np.isin(wanted, found)]
-        generations = records["hash_generation"][lost] >> 24
-        offsets = records["offset8"][lost].astype(np.int64) * ALIGNMENT
-        return {
-            int(offset): inode_of(int(slot), int(generation))
-            for offset, slot, generation in zip(offsets, lost, generations, strict=True)
-        }
+        lost = {}
+        for attributes, slot, offset8 in (
+            (False, slots, records["offset8"][slots]),
+            (True, held[current], rare["offset8"][current]),
+        ):
+            missing = ~np.isin(_keys(offset8, slot + 1), found)
+            generation = records["hash_generation"][slot[missing]] >> 24
+            for row in zip(offset8[missing].tolist(), slot[missing].tolist(), generation.tolist(), strict=True):
+                lost[row[0] * ALIGNMENT] = inode_of(*row[1:]), attributes
+        return lost
 
 
 def _keys(offsets: npt.NDArray[np.integer], slots: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:

@@ -1,4 +1,4 @@
-"""Copies a store out into a directory, past FUSE: directories, images and symbolic links, as `cp -a` would.
+"""Copies a store out into a directory, past FUSE: all kinds of files, with their links, as `cp -a` would.
 
 Owns the order of the copy and what it leaves out. Must not know who watches, nor how anything is printed.
 
@@ -8,17 +8,23 @@ Owns the order of the copy and what it leaves out. Must not know who watches, no
 import errno
 import os
 import stat
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 from imgfs.disk import Buffer
 from imgfs.errors import Damaged, InvalidArgument
+from imgfs.file_xattrs import FileXattrs
 from imgfs.format import Kind
 from imgfs.store import ROOT, Attr, Entry, Store
-from imgfs.transfer import PIECE_BYTES, Observer, Tally, batches, reason
+from imgfs.transfer import DEVICES, PIECE_BYTES, Observer, Tally, batches, reason
+
+T = TypeVar("T")
 
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # The disk that is written to has failed or is full: no other image would fare better.
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
+# The file system has no links, has no more of them for this file, or the first name lies on another one.
+_NO_LINK_ERRORS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.ENOENT})
 
 
 class _Enter(NamedTuple):
@@ -26,6 +32,13 @@ class _Enter(NamedTuple):
 
     path: bytes
     inode: int
+
+
+class _First(NamedTuple):
+    """The name that was the first to be exported of several, and how many are still to come."""
+
+    path: bytes
+    left: int
 
 
 class _Exported(NamedTuple):
@@ -38,8 +51,9 @@ class _Exported(NamedTuple):
 def export_tree(store: Store, target: bytes, observer: Observer) -> Tally:
     """Copy the whole *store* into the directory *target*, which is made if it is missing.
 
-    A file or link of the same name is replaced. A damaged image is left out and told to the observer. Owners are set
-    only by root. Nothing is synced: the copy is as durable as one by `cp`.
+    What is no directory and has the same name is replaced. A damaged image is left out and told to the observer.
+    Owners, devices, and extended attributes other than those of `user.` come out only for root. Nothing is synced:
+    the copy is as durable as one by `cp`.
 
     Raises:
         InvalidArgument: *target* lies within the store.
@@ -57,6 +71,8 @@ class _Export:
         self._tally = Tally()
         self._as_root = os.geteuid() == 0
         self._owner = os.geteuid(), os.getegid()
+        self._firsts: dict[int, _First] = {}
+        self._xattrs = FileXattrs(store, self._tally, observer)
 
     def run(self, target: bytes) -> Tally:
         inside = os.path.realpath(os.fsencode(self._store.path))
@@ -81,11 +97,11 @@ class _Export:
             # Most trees were written in the order of their inodes, so this is the order of the disk.
             for entry in sorted(batch, key=_entry_inode):
                 path = os.path.join(step.path, entry.name)
-                kind = self._store.attr(entry.inode).kind
-                if kind == Kind.DIRECTORY:
+                attr = self._store.attr(entry.inode)
+                if attr.kind == Kind.DIRECTORY:
                     later.append(_Enter(path, entry.inode))
                 else:
-                    self._entry(path, entry.inode, kind)
+                    self._entry(path, attr)
         return later
 
     def _directory(self, path: bytes) -> bool:
@@ -106,21 +122,16 @@ class _Export:
     def _leave(self, step: _Exported) -> None:
         attr = self._store.attr(step.inode)
         try:
-            if self._as_root:
-                os.chown(step.path, attr.uid, attr.gid)
-            os.chmod(step.path, self._mode(attr))
-            os.utime(step.path, ns=(attr.mtime_ns, attr.mtime_ns))
+            self._dress(step.path, attr)
         except OSError as error:
             self._fail(step.path, error)
 
-    def _entry(self, path: bytes, inode: int, kind: Kind) -> None:
+    def _entry(self, path: bytes, attr: Attr) -> None:
         try:
-            if kind == Kind.FILE:
-                self._image(path, inode)
-            elif kind == Kind.SYMLINK:
-                self._symlink(path, inode)
+            if attr.nlink > 1:
+                self._one_of_several(path, attr)
             else:
-                self._skip(path, "a special file cannot be exported")
+                self._make(path, attr)
         except Damaged as error:
             self._tally.damaged += 1
             self._skip(path, str(error))
@@ -128,14 +139,60 @@ class _Export:
             self._fail(path, error)
         self._observer.advanced(self._tally)
 
-    def _image(self, path: bytes, inode: int) -> None:
-        handle = self._store.open_image(inode)
+    def _one_of_several(self, path: bytes, attr: Attr) -> None:
+        """Copy the first of several names, make each further one a link to it."""
+        first, left = self._firsts.get(attr.inode, (b"", attr.nlink))
+        linked = bool(first) and self._link(path, first)
+        if not linked and not self._make(path, attr):
+            return
+        if left > 1:
+            self._firsts[attr.inode] = _First(first if linked else path, left - 1)
+        else:
+            self._firsts.pop(attr.inode, None)
+
+    def _link(self, path: bytes, first: bytes) -> bool:
+        """Make *path* a further name of the file at *first*; return False where it cannot be one."""
+        try:
+            _in_place(path, lambda: os.link(first, path, follow_symlinks=False))
+        except OSError as error:
+            if error.errno not in _NO_LINK_ERRORS:
+                raise
+            self._tally.separated += 1
+            return False
+        self._tally.hard_links += 1
+        return True
+
+    def _make(self, path: bytes, attr: Attr) -> bool:
+        """Copy what has *attr* to *path*; return False if it was skipped."""
+        if attr.kind == Kind.FILE:
+            self._image(path, attr)
+        elif attr.kind == Kind.SYMLINK:
+            self._symlink(path, attr)
+        elif stat.S_IFMT(attr.mode) in DEVICES and not self._as_root:
+            self._skip(path, "only root can make a device")
+            return False
+        else:
+            _in_place(path, lambda: os.mknod(path, stat.S_IFMT(attr.mode) | 0o600, attr.device))
+            self._dress(path, attr)
+            self._tally.special_files += 1
+        return True
+
+    def _dress(self, path: bytes, attr: Attr) -> None:
+        """Give a directory or special file its owner, attributes, mode and times, in an order that keeps them."""
+        if self._as_root:
+            os.chown(path, attr.uid, attr.gid)
+        self._xattrs.take_out(attr.inode, path, path)
+        os.chmod(path, self._mode(attr))
+        os.utime(path, ns=(attr.mtime_ns, attr.mtime_ns))
+
+    def _image(self, path: bytes, attr: Attr) -> None:
+        handle = self._store.open_image(attr.inode)
         try:
             # The first piece is read before the file is made: of a damaged image of up to 4 MiB nothing appears.
             data = self._store.read(handle, 0, PIECE_BYTES)
-            file = _create(path)
+            file = _in_place(path, lambda: os.open(path, _WRITE_FLAGS, 0o600))
             try:
-                self._fill(file, handle, data, self._store.attr(inode))
+                self._fill(file, path, handle, data, attr)
             except BaseException:
                 # Half an image must not look like a whole one.
                 os.unlink(path)
@@ -146,7 +203,7 @@ class _Export:
             self._store.release(handle)
         self._tally.images += 1
 
-    def _fill(self, file: int, handle: int, data: Buffer, attr: Attr) -> None:
+    def _fill(self, file: int, path: bytes, handle: int, data: Buffer, attr: Attr) -> None:
         """Write the image open as *handle*, of which *data* is the beginning, with its attributes."""
         done = 0
         while True:
@@ -161,27 +218,25 @@ class _Export:
                 raise Damaged(f"it ends after {done} of {attr.size} bytes")
         if self._as_root:
             os.fchown(file, attr.uid, attr.gid)
+        self._xattrs.take_out(attr.inode, file, path)
         os.fchmod(file, self._mode(attr))
         os.utime(file, ns=(attr.mtime_ns, attr.mtime_ns))
 
-    def _symlink(self, path: bytes, inode: int) -> None:
-        attr = self._store.attr(inode)
-        target = self._store.readlink(inode)
-        try:
-            os.symlink(target, path)
-        except FileExistsError:
-            os.unlink(path)
-            os.symlink(target, path)
+    def _symlink(self, path: bytes, attr: Attr) -> None:
+        target = self._store.readlink(attr.inode)
+        _in_place(path, lambda: os.symlink(target, path))
         if self._as_root:
             os.lchown(path, attr.uid, attr.gid)
+        self._xattrs.take_out(attr.inode, path, path)
         os.utime(path, ns=(attr.mtime_ns, attr.mtime_ns), follow_symlinks=False)
         self._tally.symlinks += 1
 
     def _mode(self, attr: Attr) -> int:
-        """Return the mode to set: a set-id bit goes only with its owner."""
+        """Return the mode bits to set: a set-id bit goes only with its owner."""
+        mode = stat.S_IMODE(attr.mode)
         if self._as_root or (attr.uid, attr.gid) == self._owner:
-            return attr.mode
-        return attr.mode & ~(stat.S_ISUID | stat.S_ISGID)
+            return mode
+        return mode & ~(stat.S_ISUID | stat.S_ISGID)
 
     def _fail(self, path: bytes, error: OSError) -> None:
         if error.errno in _DISK_ERRORS:
@@ -198,13 +253,13 @@ def _entry_inode(entry: Entry) -> int:
     return entry.inode
 
 
-def _create(path: bytes) -> int:
-    """Make a new file at *path*, in place of a file or link that is there."""
+def _in_place(path: bytes, make: Callable[[], T]) -> T:
+    """Return what *make* returns, which makes a new file at *path*, in place of a file or link that is there."""
     try:
-        return os.open(path, _WRITE_FLAGS, 0o600)
+        return make()
     except FileExistsError:
         os.unlink(path)
-        return os.open(path, _WRITE_FLAGS, 0o600)
+        return make()
 
 
 def _write_whole(file: int, data: Buffer) -> None:

@@ -228,7 +228,7 @@ class Needle:
     uid: int = 0
     gid: int = 0
     owner: int = 0
-    mtime_ns: int = 0
+    mtime_ns: int = 0  # as `storable_ns` gives it
     ctime_ns: int = 0
     commit_ns: int = 0
     sequence: int = 0
@@ -458,6 +458,11 @@ def inode_of(slot: int, generation: int) -> int:
 def slot_of(inode: int) -> int:
     """Return the slot in *inode*; that of 0, which no image has, is -1."""
     return (inode & 0xFFFF_FFFF) - 1
+
+
+def storable_ns(time_ns: int) -> int:
+    """Return the time nearest to *time_ns* that needles and records can hold: 64 bits, from 1677 to 2262."""
+    return min(max(time_ns, -(1 << 63)), (1 << 63) - 1)
 
 
 def seconds(time_ns: int) -> int:

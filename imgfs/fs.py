@@ -13,6 +13,7 @@ in a thread. State changes between two awaits; those that copy much run in a thr
 others waiting meanwhile. What tells the kernel to forget is called from a thread: it can wait for the loop.
 """
 
+import contextlib
 import errno
 import functools
 import itertools
@@ -27,6 +28,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from imgfs.answers import all_answered
+from imgfs.atimes import AccessTimes
 from imgfs.desk import Desk
 from imgfs.disk import WouldBlock
 from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, NotFound, Stale
@@ -81,6 +83,7 @@ class Filesystem(pyfuse3.Operations):
         self._timeout_s = manner.timeout_s
         self._xattrs = manner.xattrs
         self._publish_at_close = manner.publish_at_close
+        self._atimes = AccessTimes()
         self._changes = trio.Lock()
         self._threads = trio.CapacityLimiter(THREADS)
         self._group_sync = GroupSync(store.sync)
@@ -98,7 +101,10 @@ class Filesystem(pyfuse3.Operations):
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         store = self._store
         if name == b"." or name == b"..":
-            return self._entry(store.attr(parent if name == b"." else store.parent(parent)))
+            attr = store.attr(parent if name == b"." else store.parent(parent))
+            if not attr.nlink:
+                raise Stale("a file handle outlived its file")
+            return self._entry(attr)
         try:
             inode = await self._cold(store.lookup, parent, name)
         except NotFound:
@@ -177,18 +183,18 @@ class Filesystem(pyfuse3.Operations):
         if mode is None and (fields.update_uid or fields.update_gid or (fields.update_size and ctx.uid)):
             mode = self._mode_without_set_id(inode)
         if fields.update_size:
-            size = max(store.attr(inode).size, attr.st_size)
-            await self._change_of(size, store.truncate, inode, attr.st_size)
+            size = store.attr(inode).size
+            # Where that is its size already, truncate(2) does nothing, but ftruncate(2) moves its times.
+            if size != attr.st_size or fh is not None:
+                await self._change_of(max(size, attr.st_size), store.truncate, inode, attr.st_size)
         changes = {"mode": mode, "uid": uid, "gid": gid, "mtime_ns": mtime_ns}
         if any(value is not None for value in changes.values()):
             await self._change(functools.partial(store.set_attr, inode, **changes))
         if self._xattrs and (fields.update_uid or fields.update_gid or fields.update_size):
             await self._change(store.drop_capability, inode)
-        entry = self._entry(store.attr(inode))
         if fields.update_atime:
-            # The kernel remembers it until it forgets the attributes; nobody else does.
-            entry.st_atime_ns = attr.st_atime_ns
-        return entry
+            self._atimes.put(inode, attr.st_atime_ns)
+        return self._entry(store.attr(inode))
 
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         space = self._store.space()
@@ -288,6 +294,8 @@ class Filesystem(pyfuse3.Operations):
         open_image = functools.partial(self._store.open_image, row=self._desk.row())
         if flags & os.O_TRUNC:
             handle = await self._change(functools.partial(open_image, inode, write=True, truncate=True))
+            if ctx.uid:
+                await self._drop_privileges(inode)
         elif flags & os.O_ACCMODE != os.O_RDONLY:
             handle = await self._cold(functools.partial(open_image, inode, write=True))
         else:
@@ -301,12 +309,7 @@ class Filesystem(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         store = self._store
         done = await self._change_of(len(buf) + store.stage_bytes(fh), store.write, fh, off, buf)
-        inode = store.handle_inode(fh)
-        mode = self._mode_without_set_id(inode)
-        if mode is not None:
-            await self._change(functools.partial(store.set_attr, inode, mode=mode))
-        if self._xattrs and store.has_xattrs(inode):
-            await self._change(store.drop_capability, inode)
+        await self._drop_privileges(store.handle_inode(fh))
         return done
 
     async def flush(self, fh: int) -> None:
@@ -379,6 +382,14 @@ class Filesystem(pyfuse3.Operations):
         if size:
             await self._change_of(size, self._store.flush, handle)
 
+    async def _drop_privileges(self, inode: int) -> None:
+        """Take from image *inode*, whose bytes were changed, what it was trusted with."""
+        mode = self._mode_without_set_id(inode)
+        if mode is not None:
+            await self._change(functools.partial(self._store.set_attr, inode, mode=mode))
+        if self._xattrs and self._store.has_xattrs(inode):
+            await self._change(self._store.drop_capability, inode)
+
     async def _create(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> tuple[int, int]:
         gid, _ = self._group_in(parent, ctx)
         mode = mode & PERMISSIONS & ~ctx.umask
@@ -402,8 +413,8 @@ class Filesystem(pyfuse3.Operations):
         entry.st_size = attr.size
         entry.st_blksize = BLOCK_BYTES
         entry.st_blocks = attr.blocks
-        # Nobody keeps when an image was last read, as under `noatime`.
-        entry.st_atime_ns = entry.st_mtime_ns = attr.mtime_ns
+        entry.st_atime_ns = self._atimes.get(attr.inode, attr.mtime_ns)
+        entry.st_mtime_ns = attr.mtime_ns
         entry.st_ctime_ns = attr.ctime_ns
         return entry
 
@@ -435,10 +446,8 @@ class Filesystem(pyfuse3.Operations):
         return (attr.gid, stat.S_ISGID) if attr.mode & stat.S_ISGID else (ctx.gid, 0)
 
     def _mode_without_set_id(self, inode: int) -> int | None:
-        """Return the mode that image *inode* has left when others changed it; None if that is the one it has.
-
-        The kernel leaves this to us, for libfuse promises it (FUSE_CAP_HANDLE_KILLPRIV).
-        """
+        """Return the mode that image *inode* has left when others changed it; None if that is the one it has."""
+        # The kernel leaves this to us, for libfuse promises it (FUSE_CAP_HANDLE_KILLPRIV).
         attr = self._store.attr(inode)
         if not attr.mode & (stat.S_ISUID | stat.S_ISGID) or attr.kind != Kind.FILE:
             return None
@@ -466,13 +475,10 @@ def _absent(timeout_s: float) -> EntryAttributes:
 
 def _process_of(thread: int) -> int:
     """Return the process that *thread* belongs to; itself if it is gone or lies in a namespace out of sight."""
-    try:
-        with open(f"/proc/{thread}/status", "rb") as status:
-            for line in status:
-                if line.startswith(b"Tgid:"):
-                    return int(line.split()[1])
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open(f"/proc/{thread}/status", "rb") as status:
+        for line in status:
+            if line.startswith(b"Tgid:"):
+                return int(line.split()[1])
     return thread
 
 
@@ -482,10 +488,8 @@ def _forget_in_kernel(inode: int, parent: int, name: bytes) -> None:
     Waits for requests that are under way, so it must be called in a thread.
     """
     for forget, arguments in ((pyfuse3.invalidate_inode, (inode,)), (pyfuse3.invalidate_entry, (parent, name))):
-        try:
+        with contextlib.suppress(OSError):  # it remembers nothing
             forget(*arguments)
-        except OSError:
-            pass  # it remembers nothing
 
 
 def _first_entries(store: Store, directory: int, after: int) -> list[Entry]:

@@ -390,7 +390,7 @@ class Images:
         )
         second = None
         if entry.flags & ATTRIBUTED:
-            attributes = self._staging.attributes(number)
+            attributes = self.waiting_attributes(inode)
             second = Part(Needle(Kind.XATTR, inode, data_size=len(attributes)), [attributes], None)
         if entry.size <= SMALL_BYTES:
             data = self._staging.read(number, 0, entry.size)
@@ -402,11 +402,18 @@ class Images:
             self.writer().append(needle, [], large=pieces, second=second, staged=number)
 
     def waiting_attributes(self, inode: int) -> bytes:
-        """Return the packed extended attributes that wait for the first needle of *inode*."""
+        """Return the packed extended attributes that wait for the first needle of *inode*.
+
+        Raises:
+            DiskFailure: they cannot be read, perhaps because that needle came meanwhile.
+        """
         number = self._staging.find(inode)
         if number < 0 or not self._staging.entry(number).flags & ATTRIBUTED:
             return b""
-        return self._staging.attributes(number)
+        try:
+            return self._staging.attributes(number)
+        except OSError as error:
+            raise disk_error(error, "staging") from error
 
     def own_name(self, inode: int, record: Record) -> tuple[int, bytes]:
         """Return directory and name of *inode*, which has *record*; 0 and nothing if only links name it."""

@@ -1,4 +1,4 @@
-"""Copies a directory tree into a store, past FUSE: directories, images and symbolic links, as `cp -a` would.
+"""Copies a directory tree into a store, past FUSE: all kinds of files, with their links, as `cp -a` would.
 
 Owns the order of the copy and what it leaves out. Must not know who watches, nor how anything is printed.
 
@@ -8,25 +8,31 @@ Owns the order of the copy and what it leaves out. Must not know who watches, no
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from imgfs.errors import Exists, InvalidArgument, IsADirectory, NameTooLong, NotADirectory, NotFound, TooLarge
+from imgfs.errors import (
+    Damaged,
+    Exists,
+    InvalidArgument,
+    IsADirectory,
+    NameTooLong,
+    NotADirectory,
+    NotFound,
+    StoreLimit,
+    TooLarge,
+    TooManyLinks,
+)
+from imgfs.file_xattrs import FileXattrs
 from imgfs.format import IMAGE_BYTES_MAX, Kind
-from imgfs.store import ROOT, Store
-from imgfs.transfer import PIECE_BYTES, Observer, Tally, Totals, batches, reason
+from imgfs.store import ROOT, Attr, Store
+from imgfs.transfer import DEVICES, PIECE_BYTES, Observer, Tally, Totals, batches, reason
 
 # Power loss can take this much of a running import.
 _SYNC_BYTES = 256 << 20
 _SYNC_S = 5.0
 
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-_SPECIAL = {
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a character device",
-    stat.S_IFBLK: "a block device",
-}
 # What a single entry can have against it; anything else ends the copy.
 _ENTRY_ERRORS = (IsADirectory, NotADirectory, NameTooLong, TooLarge, InvalidArgument)
 
@@ -47,9 +53,45 @@ class _Enter(NamedTuple):
 class _Imported(NamedTuple):
     """A directory whose entries are all in the store: its times come last, since each entry changes them."""
 
+    path: bytes
     inode: int
     fresh: bool
     status: os.stat_result
+
+
+_File = tuple[int, int]  # device and inode number
+
+
+class _Pairs:
+    """Which inode of the store is which file, of those that have several names in one or the other."""
+
+    def __init__(self) -> None:
+        self._inodes: dict[_File, int] = {}
+        self._files: dict[int, _File] = {}
+
+    def inode(self, status: os.stat_result) -> int | None:
+        """Return the inode that is the file of *status*, if it is known."""
+        return self._inodes.get(_identity(status))
+
+    def put(self, status: os.stat_result, inode: int) -> None:
+        """Note that *inode* was made from the file of *status*."""
+        if status.st_nlink > 1:
+            self._inodes[_identity(status)] = inode
+            self._files[inode] = _identity(status)
+
+    def fits(self, status: os.stat_result, attr: Attr) -> bool:
+        """Return whether what has *attr* can be the file of *status*, so that the same names share one inode in both.
+
+        If so, from now on it is.
+        """
+        if status.st_nlink == attr.nlink == 1:
+            return True
+        file = _identity(status)
+        if self._inodes.get(file, attr.inode) != attr.inode or self._files.get(attr.inode, file) != file:
+            return False
+        self._inodes[file] = attr.inode
+        self._files[attr.inode] = file
+        return True
 
 
 def measure_tree(source: bytes) -> Iterator[Totals]:
@@ -58,14 +100,20 @@ def measure_tree(source: bytes) -> Iterator[Totals]:
     What cannot be read counts for nothing here; the copy will name it.
     """
     images = data_bytes = 0
+    seen: set[_File] = set()
     pending = [source]
     while pending:
         try:
             with os.scandir(pending.pop()) as entries:
                 for entry in entries:
                     if entry.is_file(follow_symlinks=False):
+                        status = entry.stat(follow_symlinks=False)
+                        if status.st_nlink > 1:
+                            if _identity(status) in seen:
+                                continue
+                            seen.add(_identity(status))
                         images += 1
-                        data_bytes += entry.stat(follow_symlinks=False).st_size
+                        data_bytes += status.st_size
                     elif entry.is_dir(follow_symlinks=False):
                         pending.append(entry.path)
         except OSError:
@@ -77,12 +125,14 @@ def measure_tree(source: bytes) -> Iterator[Totals]:
 def import_tree(store: Store, source: bytes, observer: Observer, *, into: bytes = b"", resume: bool = False) -> Tally:
     """Copy what is in the directory *source* into the directory *into* of *store*, and its own mode and times too.
 
-    Directories that are missing are made; an image or link of the same name is replaced. With *resume*, an image that
-    has the size and the mtime of its file is taken as copied. Owners are kept only for root. When it returns, all of
-    it is durable; when it raises, closing the store makes durable what was copied.
+    Directories that are missing are made; what else has the name of an entry is replaced, and further names of it
+    stay what they were. With *resume*, an image that has the size and the mtime of its file is taken as copied.
+    Owners, devices, and attributes other than those of `user.` are kept only for root. When it returns, all of it is
+    durable; when it raises, closing the store makes durable what was copied.
 
     Raises:
         NotADirectory: *into* leads through something else.
+        InvalidArgument: *into* leads out of the store, or *source* lies within it.
         StoreFull: the disk is full; what was copied is whole.
     """
     return _Import(store, observer, resume=resume).run(source, into)
@@ -96,6 +146,8 @@ class _Import:
         self._observer = observer
         self._resume = resume
         self._tally = Tally()
+        self._pairs = _Pairs()
+        self._xattrs = FileXattrs(store, self._tally, observer)
         self._as_root = os.geteuid() == 0
         self._uid, self._gid = os.geteuid(), os.getegid()
         self._store_directory = _identity(os.stat(store.path))
@@ -103,6 +155,7 @@ class _Import:
         self._synced_s = time.monotonic()
 
     def run(self, source: bytes, into: bytes) -> Tally:
+        self._check_outside(source)
         pending: list[_Enter | _Imported] = [_Enter(source, self._make_path(into))]
         while pending:
             step = pending.pop()
@@ -113,16 +166,34 @@ class _Import:
         self._store.sync()
         return self._tally
 
+    def _check_outside(self, source: bytes) -> None:
+        """Make sure that *source* is not of the files that the store itself consists of."""
+        path = os.path.realpath(source)
+        while os.path.exists(path):
+            if _identity(os.stat(path)) == self._store_directory:
+                raise InvalidArgument(
+                    f"'{os.fsdecode(source)}' is where the store itself lies, which cannot be imported into itself"
+                )
+            if path == os.path.dirname(path):
+                return
+            path = os.path.dirname(path)
+
     def _make_path(self, path: bytes) -> int:
         inode = ROOT
-        for name in filter(None, path.split(b"/")):
-            try:
-                inode = self._store.lookup(inode, name)
-            except NotFound:
-                inode = self._store.mkdir(inode, name, 0o755, self._uid, self._gid)
-        if self._store.attr(inode).kind != Kind.DIRECTORY:
-            raise NotADirectory(f"'{os.fsdecode(path)}' in the store is not a directory; name another with --into")
-        return inode
+        names = [name for name in path.split(b"/") if name not in (b"", b".")]
+        if b".." in names:
+            raise InvalidArgument(f"'{os.fsdecode(path)}' leads out of the store; paths there start at its top")
+        try:
+            for name in names:
+                try:
+                    inode = self._store.lookup(inode, name)
+                except NotFound:
+                    inode = self._store.mkdir(inode, name, 0o755, self._uid, self._gid)
+            if self._store.attr(inode).kind == Kind.DIRECTORY:
+                return inode
+        except NotADirectory:
+            pass  # said below, in words that have the path in them
+        raise NotADirectory(f"'{os.fsdecode(path)}' in the store is not a directory; name another with --into")
 
     def _enter(self, step: _Enter) -> list[_Enter | _Imported]:
         """Copy the entries of a directory; return what remains to be done, last first."""
@@ -142,7 +213,8 @@ class _Import:
             except _ENTRY_ERRORS as error:
                 self._skip(path, str(error))
                 return []
-            later: list[_Enter | _Imported] = [_Imported(inode, fresh, status)]
+            later: list[_Enter | _Imported] = [_Imported(path, inode, fresh, status)]
+            empty = fresh or next(self._store.list(inode), None) is None
             try:
                 for batch in batches(scan):
                     batch.sort(key=os.DirEntry.inode)
@@ -150,13 +222,14 @@ class _Import:
                         if entry.is_dir(follow_symlinks=False):
                             later.append(_Enter(entry.path, 0, inode, entry.name))
                         else:
-                            self._entry(entry, inode, fresh)
+                            self._entry(entry, inode, empty)
             except OSError as error:
                 self._skip(path, reason(error))
         return later
 
     def _leave(self, step: _Imported) -> None:
         status = step.status
+        self._xattrs.bring_in(step.path, step.path, step.inode, fresh=step.fresh)
         if step.fresh:
             self._store.set_attr(step.inode, mtime_ns=status.st_mtime_ns)
         else:
@@ -176,15 +249,13 @@ class _Import:
         self._tally.directories += 1
         return inode, True
 
-    def _entry(self, entry: "os.DirEntry[bytes]", directory: int, fresh: bool) -> None:
+    def _entry(self, entry: "os.DirEntry[bytes]", directory: int, empty: bool) -> None:
+        """Copy what is no directory into *directory*, which was *empty* before this copy, or not."""
         try:
             if entry.is_file(follow_symlinks=False):
-                self._image(entry, directory, fresh)
-            elif entry.is_symlink():
-                self._symlink(entry, directory)
+                self._image(entry, directory, empty)
             else:
-                kind = stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode)
-                self._skip(entry.path, f"{_SPECIAL.get(kind, 'a special file')} cannot be stored")
+                self._other(entry, directory, empty)
         except _ENTRY_ERRORS as error:
             self._skip(entry.path, str(error))
         except _SourceFailed as error:
@@ -195,9 +266,14 @@ class _Import:
             self._synced_bytes = self._tally.data_bytes
             self._synced_s = time.monotonic()
 
-    def _image(self, entry: "os.DirEntry[bytes]", directory: int, fresh: bool) -> None:
-        if self._resume and not fresh and self._is_there(entry, directory):
-            self._tally.resumed += 1
+    # -- images -----------------------------------------------------------------------------------------------
+
+    def _image(self, entry: "os.DirEntry[bytes]", directory: int, empty: bool) -> None:
+        known = None
+        if not empty and (self._resume or self._store.any_rare()):
+            known = self._known(directory, entry.name)
+        if self._resume and known is not None and self._is_there(entry, known):
+            self._xattrs.bring_in(entry.path, entry.path, known.inode, fresh=False)
             return
         try:
             file = os.open(entry.path, _READ_FLAGS)
@@ -206,6 +282,8 @@ class _Import:
         before = self._tally.data_bytes
         try:
             status = os.fstat(file)
+            if status.st_nlink > 1 and self._link(status, Kind.FILE, directory, entry.name, empty):
+                return
             size = status.st_size
             if size > IMAGE_BYTES_MAX:
                 raise TooLarge("an image has at most 4 GiB - 1 bytes")
@@ -217,7 +295,16 @@ class _Import:
             else:
                 data = self._pieces(file, size)
             uid, gid, mode = self._owner(status)
-            self._store.put(directory, entry.name, data, size, mode=mode, uid=uid, gid=gid, mtime_ns=status.st_mtime_ns)
+
+            def put(name: bytes) -> int:
+                mtime_ns = status.st_mtime_ns
+                return self._store.put(directory, name, data, size, mode=mode, uid=uid, gid=gid, mtime_ns=mtime_ns)
+
+            # One name of several gives way: the others, in place of which it would be put too, may be other files.
+            shared = known is not None and known.nlink > 1
+            inode = self._replace(directory, entry.name, put) if shared else put(entry.name)
+            self._pairs.put(status, inode)
+            self._xattrs.bring_in(file, entry.path, inode, fresh=known is None or shared)
         except BaseException:
             # Pieces of it may be counted already.
             self._tally.data_bytes = before
@@ -226,8 +313,6 @@ class _Import:
             os.close(file)
         self._tally.images += 1
         self._tally.data_bytes = before + size
-        if status.st_nlink > 1:
-            self._tally.hard_links += 1
 
     def _pieces(self, file: int, size: int) -> Iterator[bytes]:
         """Yield the *size* bytes of a large file; an interrupt may come between two pieces."""
@@ -240,41 +325,121 @@ class _Import:
             self._tally.data_bytes += len(piece)
             self._observer.advanced(self._tally)
 
-    def _is_there(self, entry: "os.DirEntry[bytes]", directory: int) -> bool:
+    def _is_there(self, entry: "os.DirEntry[bytes]", known: Attr) -> bool:
+        """Return whether *known*, which has the name of *entry*, is that file as it is now; if so, count it."""
         try:
-            attr = self._store.attr(self._store.lookup(directory, entry.name))
             status = entry.stat(follow_symlinks=False)
-        except (NotFound, OSError):
+        except OSError:
             return False
-        return attr.kind == Kind.FILE and (attr.size, attr.mtime_ns) == (status.st_size, status.st_mtime_ns)
+        if known.kind != Kind.FILE or (known.size, known.mtime_ns) != (status.st_size, status.st_mtime_ns):
+            return False
+        further = self._pairs.inode(status) is not None
+        if not self._pairs.fits(status, known):
+            return False
+        if further:
+            self._tally.hard_links += 1
+        else:
+            self._tally.resumed += 1
+        return True
 
-    def _symlink(self, entry: "os.DirEntry[bytes]", directory: int) -> None:
+    # -- symbolic links and special files ---------------------------------------------------------------------
+
+    def _other(self, entry: "os.DirEntry[bytes]", directory: int, empty: bool) -> None:
+        path, store = entry.path, self._store
         try:
-            target = os.readlink(entry.path)
             status = entry.stat(follow_symlinks=False)
+            target = os.readlink(path) if entry.is_symlink() else None
         except OSError as error:
             raise _SourceFailed(reason(error)) from None
-        uid, gid, _ = self._owner(status)
-        try:
-            inode = self._store.symlink(directory, entry.name, target, uid, gid)
-        except Exists:
-            inode = self._replace_with_symlink(directory, entry.name, target, uid, gid)
-        self._store.set_attr(inode, mtime_ns=status.st_mtime_ns)
-        self._tally.symlinks += 1
+        kind = Kind.SPECIAL if target is None else Kind.SYMLINK
+        if status.st_nlink > 1 and self._link(status, kind, directory, entry.name, empty):
+            return
+        type_bits = stat.S_IFMT(status.st_mode)
+        if type_bits in DEVICES and not self._as_root:
+            raise _SourceFailed("only root can copy a device")
+        uid, gid, mode = self._owner(status)
 
-    def _replace_with_symlink(self, directory: int, name: bytes, target: bytes, uid: int, gid: int) -> int:
-        old = self._store.lookup(directory, name)
-        kind = self._store.attr(old).kind
-        if kind == Kind.DIRECTORY:
+        def make(name: bytes) -> int:
+            if target is not None:
+                return store.symlink(directory, name, target, uid, gid)
+            return store.special(directory, name, type_bits | mode, status.st_rdev, uid, gid)
+
+        known = None if empty else self._known(directory, entry.name)
+        same = known is not None and self._is_same(known, kind, status, target) and self._pairs.fits(status, known)
+        if known is not None and same:
+            inode = known.inode
+            store.set_attr(inode, mode=mode if target is None else None, uid=uid, gid=gid, mtime_ns=status.st_mtime_ns)
+        else:
+            inode = make(entry.name) if known is None else self._replace(directory, entry.name, make)
+            store.set_attr(inode, mtime_ns=status.st_mtime_ns)
+            self._pairs.put(status, inode)
+        self._xattrs.bring_in(path, path, inode, fresh=not same)
+        if target is None:
+            self._tally.special_files += 1
+        else:
+            self._tally.symlinks += 1
+
+    def _is_same(self, known: Attr, kind: Kind, status: os.stat_result, target: bytes | None) -> bool:
+        """Return whether *known* is what would be made, but for owner, mode and times."""
+        if known.kind != kind:
+            return False
+        if target is not None:
+            try:
+                return self._store.readlink(known.inode) == target
+            except Damaged:
+                return False
+        return stat.S_IFMT(known.mode) == stat.S_IFMT(status.st_mode) and known.device == status.st_rdev
+
+    # -- names ------------------------------------------------------------------------------------------------
+
+    def _known(self, directory: int, name: bytes) -> Attr | None:
+        """Return what has that name in the store."""
+        try:
+            return self._store.attr(self._store.lookup(directory, name))
+        except NotFound:
+            return None
+
+    def _link(self, status: os.stat_result, kind: Kind, directory: int, name: bytes, empty: bool) -> bool:
+        """Give what was copied of a file with several names one more; return False if nothing was, or it cannot be."""
+        inode = self._pairs.inode(status)
+        if inode is None:
+            return False
+        attr = self._store.attr(inode)
+        if (attr.kind, attr.size, attr.mtime_ns) != (kind, status.st_size, status.st_mtime_ns):
+            return False  # it changed meanwhile, or another file has got its number
+        known = None if empty else self._known(directory, name)
+        if known is None or known.inode != inode:
+
+            def link(to: bytes) -> int:
+                self._store.link(attr.inode, directory, to)
+                return attr.inode
+
+            try:
+                if known is None:
+                    link(name)
+                else:
+                    self._replace(directory, name, link)
+            except (TooManyLinks, StoreLimit):
+                self._tally.separated += 1
+                return False
+        self._tally.hard_links += 1
+        return True
+
+    def _replace(self, directory: int, name: bytes, make: Callable[[bytes], int]) -> int:
+        """Let *make* make an entry in place of what is called *name*; return its inode."""
+        if self._store.attr(self._store.lookup(directory, name)).kind == Kind.DIRECTORY:
             raise IsADirectory("the store has a directory of that name")
-        if kind == Kind.SYMLINK and self._store.readlink(old) == target:
-            self._store.set_attr(old, uid=uid, gid=gid)
-            return old
         # Under another name first, so that the old entry is there until the new one is.
         temporary = b".imgfs-import-%d" % os.getpid()
-        inode = self._store.symlink(directory, temporary, target, uid, gid)
+        try:
+            self._store.unlink(directory, temporary)
+        except NotFound:
+            pass  # nobody was killed here
+        inode = make(temporary)
         self._store.rename(directory, temporary, directory, name)
         return inode
+
+    # -- the rest ---------------------------------------------------------------------------------------------
 
     def _owner(self, status: os.stat_result) -> tuple[int, int, int]:
         """Return uid, gid and mode; who is not root cannot give files away, nor a set-id bit with them."""
@@ -290,7 +455,7 @@ class _Import:
         self._observer.skipped(path, reason)
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
+def _identity(status: os.stat_result) -> _File:
     return status.st_dev, status.st_ino
 
 

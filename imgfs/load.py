@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imgfs.buckets import BUCKETS_MAX, bucket_count
-from imgfs.format import ALIGNMENT, FLAG_BARE, FLAG_LAST, INDEX_RECORD_BYTES, Kind
+from imgfs.format import ALIGNMENT, FLAG_BARE, FLAG_LAST, INDEX_RECORD_BYTES, Kind, inode_of
 from imgfs.layout import (
     ARENA_AT,
     ARENA_UNIT,
@@ -69,8 +69,11 @@ class Loader:
         self._slots = 0
         # For each slot the number of the last record of some kind within the volume in hand.
         self._last = np.zeros(0, np.int32)
-        # The last needle with the extended attributes of an inode: volume + 1, offset / 8, size.
-        self._xattrs: dict[int, tuple[int, int, int]] = {}
+        # The last needle with extended attributes, by slot, until the inode ends: generation, entry of the volume,
+        # offset / 8, size.
+        self._xattrs: dict[int, tuple[int, int, int, int]] = {}
+        # Of these, the ones of inodes that are not there, as `link` found them.
+        self.unclaimed: dict[int, tuple[int, int, int]] = {}
 
     def _records(self, count: int) -> npt.NDArray[np.void]:
         return np.frombuffer(self._memory.map, RECORDS, count, RECORDS_AT)
@@ -120,7 +123,10 @@ class Loader:
             slots = np.concatenate([slots[mask] for mask, slots in chosen])
             valid = (slots >= 0) & (slots < self._slots)
             rows, slots = rows[valid], slots[valid]
-            valid = position[rows] > self._last[slots]
+            # Where the put of an inode is lost, what follows must not befall the one that had its slot before.
+            own = slots == slot[rows]
+            valid = ~own | (table["hash_generation"][slots] >> 24 == index["hash_generation"][rows] >> 24)
+            valid &= position[rows] > self._last[slots]
             rows, slots = rows[valid], slots[valid]
             order = np.lexsort((rows, slots))
             rows, slots = rows[order], slots[order]
@@ -144,11 +150,34 @@ class Loader:
         table["ctime"][at] = index["ctime"][row]
 
         last = flags & FLAG_LAST > 0
-        _, at = latest((delete & ~bare, slot), (rename & ~bare, other), (last, target))
+        ends = (delete & ~bare, slot), (rename & ~bare, other), (last, target)
+        _, at = latest(*ends)
         table["flags"][at[at > 0]] |= np.uint8(Flag.DEAD)
-        for record in index[kind == Kind.XATTR]:
-            inode = int(record["slot"]) | int(record["hash_generation"]) >> 24 << 32
-            self._xattrs[inode] = volume + 1, int(record["offset8"]), int(record["size"])
+        self._keep_xattrs(index, slot, ends, volume)
+
+    def _keep_xattrs(
+        self,
+        index: npt.NDArray[np.void],
+        slot: npt.NDArray[np.int64],
+        ends: Iterable[tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]],
+        volume: int,
+    ) -> None:
+        """Keep in mind the last XATTR of each *slot* until the inode in it ends: its number comes again one day."""
+        rows = np.flatnonzero(index["kind"] == Kind.XATTR)
+        held = np.concatenate([np.fromiter(self._xattrs, np.int64, len(self._xattrs)), slot[rows]])
+        if not len(held):
+            return
+        happened = [(int(row), -1) for row in rows]
+        for mask, slots in ends:
+            rows = np.flatnonzero(mask & np.isin(slots, held))
+            happened += [(int(row), int(slots[row])) for row in rows]
+        for row, ended in sorted(happened):
+            if ended >= 0:
+                self._xattrs.pop(ended, None)
+                continue
+            record = index[row]
+            generation = int(record["hash_generation"]) >> 24
+            self._xattrs[int(slot[row])] = generation, volume, int(record["offset8"]), int(record["size"])
 
     def _last_of(
         self, numbers: npt.NDArray[np.int32], slots: npt.NDArray[np.int64]
@@ -179,7 +208,7 @@ class Loader:
     def link(self) -> list[int]:
         """Make the entries of all directories from the records, count everything; return the slots of orphans.
 
-        An orphan is a record whose directory was lost with a damaged needle.
+        An orphan is a record whose directory, or a link whose target, was lost with a damaged needle.
         """
         words = self._memory.words
         words[Word.SLOTS] = self._slots
@@ -188,9 +217,7 @@ class Loader:
             return []
         flags = np.ascontiguousarray(table["flags"])
         links = np.flatnonzero(flags & (Flag.KIND | Flag.DEAD) == Kind.LINK)
-        if len(links) or self._xattrs:
-            self._load_rare(table, links)
-            flags = np.ascontiguousarray(table["flags"])
+        lost = self._load_rare(table, links) if len(links) or self._xattrs else links
         alive = (flags & Flag.KIND != 0) & (flags & Flag.DEAD == 0)
         kinds = flags & Flag.KIND
         for word, counted in (
@@ -211,24 +238,23 @@ class Loader:
         subdirectories = members[kinds[members] == Kind.DIRECTORY]
         where, count = np.unique(parent[subdirectories], return_counts=True)
         table["volume"][where] = np.minimum(count, SUBDIRECTORIES_MANY)
-        return [int(slot) for slot in orphans if slot]
+        return [int(slot) for slot in (*orphans, *lost) if slot]
 
-    def _load_rare(self, table: npt.NDArray[np.void], links: npt.NDArray[np.int64]) -> None:
-        """Count the *links* of each inode, drop those whose target is lost, and take over where attributes lie."""
-        target = table["size"][links].astype(np.int64) - 1
-        valid = (target >= 0) & (target < self._slots)
-        aim = table[np.where(valid, target, 0)]
-        valid &= (aim["flags"] & Flag.KIND != 0) & (aim["flags"] & Flag.DEAD == 0)
-        valid &= aim["hash_generation"] >> 24 == table["owner"][links]
-        table["flags"][links[~valid]] |= np.uint8(Flag.DEAD)
-        target, count = np.unique(target[valid], return_counts=True)
+    def _load_rare(self, table: npt.NDArray[np.void], links: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Count the *links* of each inode, take over where attributes lie; return the links whose target is lost."""
+        target, count, lost = targets(table, links)
         table["flags"][target] |= np.uint8(Flag.LINKED)
-        inodes = np.fromiter(self._xattrs, np.int64, len(self._xattrs))
-        place = np.array(list(self._xattrs.values()), np.int64).reshape(-1, 3)
-        slot = (inodes & 0xFFFF_FFFF) - 1
+        slot = np.fromiter(self._xattrs, np.int64, len(self._xattrs))
+        generation, *columns = np.array(list(self._xattrs.values()), np.int64).reshape(-1, 4).T
+        place = np.column_stack(columns)
         record = table[slot]
-        valid = (record["flags"] & Flag.KIND != 0) & (record["flags"] & Flag.DEAD == 0) & (place[:, 2] > 0)
-        valid &= record["hash_generation"] >> 24 == inodes >> 32
+        valid = (record["flags"] & Flag.KIND != 0) & (record["flags"] & Flag.DEAD == 0)
+        valid &= record["hash_generation"] >> 24 == generation
+        for row in np.flatnonzero(~valid):
+            volume, offset8, size = map(int, place[row])
+            self.unclaimed[inode_of(int(slot[row]), int(generation[row]))] = volume, offset8, size
+        valid &= place[:, 2] > 0
+        place[:, 0] += 1
         slots = np.unique(np.concatenate([target, slot[valid]]))
         entries = np.zeros(len(slots), RARE_ENTRIES)
         entries["slot"] = slots + 1
@@ -238,6 +264,7 @@ class Loader:
         for column, name in enumerate(("volume", "offset8", "size")):
             entries[name][at] = place[valid][:, column]
         self._chain(entries)
+        return lost
 
     def _chain(self, entries: npt.NDArray[np.void]) -> None:
         """Make *entries* what rare.py finds."""
@@ -341,34 +368,27 @@ def linked(table: npt.NDArray[np.void], slots: npt.NDArray[np.int64]) -> npt.NDA
     return bare
 
 
+def targets(
+    table: npt.NDArray[np.void], links: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the slots of what *links* name, how many name each, and the links whose target is not there."""
+    target = table["size"][links].astype(np.int64) - 1
+    valid = (target >= 0) & (target < len(table))
+    aim = table[np.where(valid, target, 0)]
+    valid &= (aim["flags"] & Flag.KIND != 0) & (aim["flags"] & Flag.DEAD == 0)
+    valid &= aim["hash_generation"] >> 24 == table["owner"][links]
+    named, count = np.unique(target[valid], return_counts=True)
+    return named, count, links[~valid]
+
+
 def links_of(memory: Memory, slot: int) -> list[int]:
     """Return the slots of the links that name the inode in *slot*."""
-    table, slots = _live(memory)
+    table, slots = live_records(memory)
     chosen = (table["flags"][slots] & Flag.KIND == Kind.LINK) & (table["size"][slots] == slot + 1)
     return [int(link) for link in slots[chosen]]
 
 
-def stray_slots(memory: Memory) -> list[int]:
-    """Return the slots of live records, but for the root, that nothing names and no live directory holds."""
-    table, slots = _live(memory)
-    directories = slots[table["flags"][slots] & Flag.KIND == Kind.DIRECTORY]
-    stray = ~np.isin(table["parent"][slots].astype(np.int64) - 1, directories)
-    slots = slots[stray]
-    slots = slots[~linked(table, slots)]
-    return [int(slot) for slot in slots if slot]
-
-
-def twin_slots(memory: Memory) -> list[int]:
-    """Return the slots of live records that have directory and hash of the name in common with another."""
-    table, slots = _live(memory)
-    slots = slots[slots > 0]
-    places = table["parent"][slots].astype(np.int64) << 24 | (table["hash_generation"][slots] & 0xFF_FFFF)
-    slots, places = slots[places >= 1 << 24], places[places >= 1 << 24]  # without the nameless
-    _, group, count = np.unique(places, return_inverse=True, return_counts=True)
-    return [int(slot) for slot in slots[count[group] > 1]]
-
-
-def _live(memory: Memory) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
+def live_records(memory: Memory) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
     """Return the records, and the slots of those that have a name."""
     table = np.frombuffer(memory.map, RECORDS, memory.words[Word.SLOTS], RECORDS_AT)
     return table, np.flatnonzero((table["flags"] & Flag.KIND != 0) & (table["flags"] & Flag.DEAD == 0))
@@ -376,7 +396,7 @@ def _live(memory: Memory) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
 
 def lost_slots(memory: Memory, entry: int, end: int) -> list[int]:
     """Return the slots of images whose data lies behind *end*, where the volume with that *entry* was given up."""
-    table, slots = _live(memory)
+    table, slots = live_records(memory)
     rows = table[slots]
     lost = (rows["volume"] == entry) & (rows["offset8"].astype(np.int64) * ALIGNMENT >= end)
     lost &= np.isin(rows["flags"] & Flag.KIND, [Kind.FILE, Kind.SYMLINK]) & (rows["flags"] & Flag.UNBORN == 0)

@@ -21,7 +21,8 @@ from imgfs.format import (
 from imgfs.layout import Word
 from imgfs.log import Log
 from imgfs.memory import Memory
-from imgfs.recover import VOLUMES, Recovery, RecoveryReport, lost_name
+from imgfs.mend import Mender, lost_name
+from imgfs.recover import VOLUMES, Recovery, RecoveryReport
 from imgfs.settings import KIB, Settings
 from imgfs.superblock import Superblock, new_superblock, pack_superblock, unpack_superblock
 from imgfs.table import Table
@@ -197,24 +198,27 @@ def _resume(writer: Log, recovery: Recovery, table: Table) -> None:
         for index in range(table.memory.words[Word.OWNERS]):
             if table.owner_volume(index) < 0:
                 writer.define_owner(*table.owner(index))
-        _write_down(writer, recovery, table)
+        _write_down(writer, recovery.mender, recovery.volumes, table)
 
 
-def _write_down(writer: Log, recovery: Recovery, table: Table) -> None:
+def _write_down(writer: Log, mender: Mender, volumes: Volumes, table: Table) -> None:
     """Append the needles that say what recovery did about damage: it gave entries new names, and directories."""
-    for inode in recovery.lost_directories:
+    for inode in mender.lost_directories:
         record = table.record(slot_of(inode))
         if not table.is_directory(slot_of(inode)) or record.generation != inode >> 32:
             continue
         name = b"" if inode == ROOT else lost_name(inode)
         if record.name_offset:  # renamed since, by a needle that is whole
-            name = recovery.volumes.get(record.name_volume).names.get(record.name_offset)
+            name = volumes.get(record.name_volume).names.get(record.name_offset)
         parent = inode_of(record.parent - 1, table.record(record.parent - 1).generation)
         uid, gid, mode = table.owner(record.owner)
         needle = Needle(Kind.DIRECTORY, inode, parent, name, 0, mode or 0o755, uid, gid, mtime_ns=writer.now_ns())
         writer.append(needle, [])
         log.warning("the directory with inode %d was damaged: its entries are in /%s", inode, name.decode(*_AS_TEXT))
-    for inode in recovery.rescued:
+    for inode in mender.gone:
+        if not table.record(slot_of(inode)).live:
+            writer.append(Needle(Kind.DELETE, inode, ctime_ns=writer.now_ns()), [])
+    for inode in mender.rescued:
         record = table.record(slot_of(inode))
         if record.live and record.generation == inode >> 32:
             name = lost_name(inode)

@@ -7,13 +7,13 @@ checkpoint vouches for. Owns the rule that tells torn from corrupt (docs/crash.m
 """
 
 import itertools
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from imgfs.disk import Disk
 from imgfs.errors import Damaged
 from imgfs.format import (
+    ALIGNMENT,
     FLAG_PAIR,
     FLAG_SEAL,
     INDEX_RECORD_BYTES,
@@ -23,7 +23,6 @@ from imgfs.format import (
     Needle,
     PreviousEnd,
     Tag,
-    inode_of,
     slot_of,
 )
 from imgfs.index import (
@@ -39,13 +38,13 @@ from imgfs.index import (
     trusted_state,
 )
 from imgfs.layout import VOLUME_SEALED, Word
-from imgfs.load import Loader, rebuild_free_queue, stray_slots, twin_slots
+from imgfs.load import Loader, rebuild_free_queue
+from imgfs.mend import Mender
 from imgfs.table import Place, Table, VolumeEntry
 from imgfs.volume import Gap, Volume
 from imgfs.volumes import SUFFIX, OpenVolume, Volumes
 
 VOLUMES = "volumes"
-_ROOT = inode_of(0, 0)
 
 
 @dataclass(frozen=True)
@@ -188,9 +187,7 @@ class Recovery:
         self.report = RecoveryReport()
         self.volumes = Volumes(disk, self._directory, table)
         self.tail: Tail | None = None
-        # What a damaged needle would have told, and a writer has to write down: inodes.
-        self.lost_directories: list[int] = []
-        self.rescued: list[int] = []
+        self.mender = Mender(table, self.volumes, writable=writable)
         self.next_sequence = 1
         self._owners: set[int] = set()
 
@@ -206,13 +203,14 @@ class Recovery:
             last = number == len(found) - 1
             self._load(volume, ends.get(volume.header.volume_id), last=last)
         orphans = self._loader.link()
+        for inode, (volume_entry, offset8, bytes_) in self._loader.unclaimed.items():
+            self.mender.keep_xattrs(inode, Place(volume_entry, offset8 * ALIGNMENT, 0), bytes_)
         self._table.replaying = True
         if self.tail is not None:
             self._replay(self.tail)
             if orphans or self.report.damage:
-                self._mend(stray_slots(self._table.memory))
-                self._find_directory(_ROOT, of=0)
-                self._part_twins()
+                self.mender.mend()
+            self.mender.claim_xattrs()
         self._table.replaying = False
         rebuild_free_queue(self._table.memory)
         words = self._table.memory.words
@@ -355,85 +353,11 @@ class Recovery:
         """Apply the last needles one by one, as when they were appended."""
         for offset, name_offset, needle in tail.needles:
             if names_a_name(needle.kind) and needle.parent:
-                self._find_directory(needle.parent, of=needle.inode)
+                self.mender.find_directory(needle.parent, of=needle.inode)
             if self.report.damage:
-                self._link_again(slot_of(needle.inode))
-                self._link_again(slot_of(needle.extra_u64(Tag.REPLACED)))
-            self._apply(needle, Place(tail.entry, offset, name_offset))
-
-    def _link_again(self, slot: int) -> None:
-        """Make *slot* a child of what is now in the slot of its directory, so that a needle can take it from there.
-
-        The needle that took it out of its own is damaged, and the slot was used again.
-        """
-        if slot > 0 and self._table.is_directory(self._table.record(slot).parent - 1):
+                for inode in (needle.inode, needle.extra_u64(Tag.REPLACED), needle.extra_u64(Tag.TARGET)):
+                    self.mender.link_again(slot_of(inode))
+            place = Place(tail.entry, offset, name_offset)
+            self.mender.note_xattrs(needle, place)
             with self._table.memory.change():
-                self._table.adopt(slot)
-
-    def _apply(self, needle: Needle, place: Place) -> None:
-        with self._table.memory.change():
-            self._table.apply(needle, place)
-
-    # -- what was lost with a damaged needle ------------------------------------------------------------------
-
-    def _find_directory(self, inode: int, *, of: int) -> None:
-        """Make sure that there is a directory *inode*, in which *of* lies: one that was lost is /lost+found-INODE."""
-        if self._table.is_directory(slot_of(inode)) or of == _ROOT:
-            return
-        if inode != _ROOT:
-            self._find_directory(_ROOT, of=inode)
-        name = b"" if inode == _ROOT else lost_name(inode)
-        now_ns = time.time_ns()
-        needle = Needle(Kind.DIRECTORY, inode, _ROOT, name, mtime_ns=now_ns, ctime_ns=now_ns)
-        self._apply(needle, self._unwritten(name))
-        self.lost_directories.append(inode)
-
-    def _unwritten(self, name: bytes) -> Place:
-        """Return the place of a needle that says *name* and that a writer has yet to write."""
-        entry = self._table.memory.words[Word.VOLUMES] - 1
-        return Place(entry, 0, 0 if self._writable else self.volumes.get(entry).names.add(name))
-
-    def _mend(self, orphans: list[int]) -> None:
-        """Give the records in the slots *orphans*, whose directory was lost, a directory again."""
-        table = self._table
-        for slot in orphans:
-            record = table.record(slot)
-            parent = table.record(record.parent - 1)
-            if not record.parent or (parent.live and parent.kind != Kind.DIRECTORY):
-                # Its last link is lost; or its directory was removed after it had left, and the slot was used again.
-                self._rescue(slot)
-                continue
-            generation = parent.generation + 1 & 0xFF if parent.flags else 0
-            self._find_directory(inode_of(record.parent - 1, generation), of=inode_of(slot, record.generation))
-            with table.memory.change():
-                table.adopt(slot)
-
-    def _rescue(self, slot: int) -> None:
-        """Give what is in *slot*, and cannot stay where it is, a name under the root."""
-        record = self._table.record(slot)
-        inode = inode_of(slot, record.generation)
-        self._find_directory(_ROOT, of=inode)
-        name = lost_name(inode)
-        needle = Needle(Kind.RENAME, inode, _ROOT, name, ctime_ns=time.time_ns())
-        self._apply(needle, self._unwritten(name))
-        self.rescued.append(inode)
-
-    def _part_twins(self) -> None:
-        """Let of several entries with one name only the latest keep it.
-
-        The needle that deleted or renamed the others is damaged.
-        """
-        twins: dict[tuple[int, bytes], list[tuple[int, int, int]]] = {}
-        for slot in twin_slots(self._table.memory):
-            record = self._table.record(slot)
-            name = self.volumes.get(record.name_volume).names.get(record.name_offset)
-            entry = (record.name_volume, record.name_offset, slot)
-            twins.setdefault((record.parent, name), []).append(entry)
-        for entries in twins.values():
-            for _, _, slot in sorted(entries)[:-1]:
-                self._rescue(slot)
-
-
-def lost_name(inode: int) -> bytes:
-    """Return the name under the root of an entry that lost its own."""
-    return b"lost+found-%d" % inode
+                self._table.apply(needle, place)

@@ -118,7 +118,7 @@ class Supervisor:
         self._tasks: dict[int, Task] = {}
         self._maintenance = running.maintenance
         self._fruitless = 0
-        self._nudged: dict[int, int] = {}  # number -> since when it held the gate
+        self._nudged: dict[int, tuple[int, int]] = {}  # number -> since when it held the gate, when it was interrupted
         self._stopped: dict[int, int] = {}  # number -> since when it is stopped, by SIGSTOP
         self._oom_kills = _oom_kills()
         self._stop_signals = 0
@@ -147,9 +147,14 @@ class Supervisor:
                 self._start_task("announcer", self._plan.announce, self._announced, FIRST_ANSWER_S)
             while not self._ended:
                 got = signal.sigtimedwait(_SIGNALS, _TICK_S)
-                if got is not None:
-                    self._on_signal(got.si_signo)
-                self._look_after()
+                try:
+                    if got is not None:
+                        self._on_signal(got.si_signo)
+                    self._look_after()
+                except OSError:
+                    # No memory or no process left for a child; the next turn tries again.
+                    log.exception("the supervisor of %s goes on", self._plan.path)
+                    time.sleep(_TICK_S)
         finally:
             self._end_all()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -170,6 +175,7 @@ class Supervisor:
     def _look_after(self) -> None:
         now = time.monotonic()
         self._interrupt_those_who_stand_still()
+        self._start_workers()
         for pid, task in list(self._tasks.items()):
             if task.deadline is not None and now > task.deadline:
                 os.kill(pid, signal.SIGKILL)
@@ -316,7 +322,12 @@ class Supervisor:
 
     def _roll_forward(self) -> bool:
         """Have half-applied changes carried on or undone by a child; return whether it could."""
-        pid = child.fork("roll forward", self._carry_on, self._dump)
+        try:
+            pid = child.fork("roll forward", self._carry_on, self._dump)
+        except OSError:
+            # Without a child it may take long, or fail; without it a change could be lost or be done twice.
+            self._store.roll_forward()
+            return True
         code = child.wait(pid, _ROLL_FORWARD_S)
         if code != EXIT_OK:
             log.error(
@@ -344,12 +355,13 @@ class Supervisor:
                 continue
             since_ns = post.gate_since_ns
             if since_ns and now_ns - since_ns > _STANDSTILL_NS:
-                if self._nudged.get(number) != since_ns:
+                nudged_for_ns, nudged_ns = self._nudged.get(number, (0, 0))
+                if nudged_for_ns != since_ns:
                     # A request that vanished after it was announced: the read waits for the next, and all wait for it.
-                    self._nudged[number] = since_ns
+                    self._nudged[number] = since_ns, now_ns
                     log.info("worker %d (process %d) stands still and holds the gate; it is interrupted", number, pid)
                     os.kill(pid, child.NUDGE)
-                else:
+                elif now_ns - nudged_ns > _STANDSTILL_NS:
                     log.warning("worker %d (process %d) stands still and holds the gate; it is killed", number, pid)
                     os.kill(pid, signal.SIGKILL)
             elif post.beat_ns and now_ns - post.beat_ns > _NO_BEAT_NS:

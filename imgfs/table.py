@@ -147,6 +147,11 @@ class Table:
             return self.memory.consistent(lambda: self.record(slot))
         return record
 
+    def knows(self, inode: int) -> bool:
+        """Return whether there is a record of *inode*, which may have been deleted."""
+        record = self.record(slot_of(inode))
+        return record.flags & _KIND != 0 and record.generation == inode >> 32
+
     def target(self, slot: int, record: Record) -> int:
         """Return the inode that the entry in *slot*, which has *record*, is a name of: a link's is another's."""
         if record.flags & _KIND == Kind.LINK:
@@ -266,7 +271,8 @@ class Table:
         value = self.hash(needle.name) if needle.name else 0
         known = old.live and old.generation == generation
         if old.live and not known:
-            self._delete(inode_of(slot, old.generation), needle.ctime_ns)
+            # The needle that ended it is damaged; when that was nobody knows.
+            self._delete(inode_of(slot, old.generation), needle.ctime_ns, timed=False)
         moved = known and (old.parent - 1 != parent or old.hash_generation & 0xFF_FFFF != value)
         if moved and slot:
             self._unlink(slot, old)
@@ -302,7 +308,7 @@ class Table:
             # An import may put an image in place of a link, in one needle.
             self.count(old.kind, -1)
             self.count(needle.kind, 1)
-        if slot and (not known or moved):
+        if slot and needle.parent and (not known or moved):
             self._link(slot, record)
             if not known:
                 self.touch(parent, needle.ctime_ns)
@@ -340,18 +346,23 @@ class Table:
         bare = record._replace(name_volume=0, parent=0, name_offset=0, hash_generation=record.generation << 24)
         self.store(slot, bare._replace(ctime_s=seconds(now_ns)))
 
-    def _count_link(self, inode: int, by: int, now_ns: int) -> None:
+    def _count_link(self, inode: int, by: int, now_ns: int | None) -> None:
         """Note that *inode* got or lost a link at *now_ns*."""
         slot = slot_of(inode)
         record = self.record(slot)
         if not record.live or record.generation != inode >> 32:
             return
         if by:
-            entry = self.rare.get(slot, record.generation)
-            links = max(0, entry.links + by)
-            self.rare.put(slot, record.generation, entry._replace(links=links))
-            self.set_flags(slot, record.flags & ~Flag.LINKED | (Flag.LINKED if links else 0))
-        self.memory.put_u32(record_at(slot) + AT_CTIME, seconds(now_ns))
+            self.set_links(slot, max(0, self.rare.get(slot, record.generation).links + by))
+        if now_ns is not None:
+            self.memory.put_u32(record_at(slot) + AT_CTIME, seconds(now_ns))
+
+    def set_links(self, slot: int, links: int) -> None:
+        """Note that *links* name the inode in *slot*."""
+        record = self.record(slot)
+        entry = self.rare.get(slot, record.generation)
+        self.rare.put(slot, record.generation, entry._replace(links=links))
+        self.set_flags(slot, record.flags & ~Flag.LINKED | (Flag.LINKED if links else 0))
 
     def _set_xattrs(self, needle: Needle, place: Place) -> None:
         slot, generation = slot_of(needle.inode), needle.inode >> 32
@@ -365,7 +376,7 @@ class Table:
         self.rare.put(slot, generation, entry)
         self.memory.put_u32(record_at(slot) + AT_CTIME, seconds(needle.ctime_ns))
 
-    def _delete(self, inode: int, now_ns: int) -> None:
+    def _delete(self, inode: int, now_ns: int, *, timed: bool = True) -> None:
         slot = slot_of(inode)
         record = self.record(slot)
         if not record.live or record.generation != inode >> 32 or not slot:
@@ -377,7 +388,7 @@ class Table:
         if record.stale:
             self._add_word(Word.STALE_DIRECTORIES, -1)
         if record.kind == Kind.LINK:
-            self._count_link(inode_of(record.size - 1, record.owner), -1, now_ns)
+            self._count_link(inode_of(record.size - 1, record.owner), -1, now_ns if timed else None)
         self.count(record.kind, -1)
         if not self.replaying:
             self._free.push(slot)

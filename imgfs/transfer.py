@@ -6,6 +6,7 @@ Owns the words both directions use for what is done and for who watches. Must no
 copied is whole.
 """
 
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +20,9 @@ PIECE_BYTES = 4 << 20
 # in a directory of millions, and a cold copy seeks less.
 _BATCH = 4096
 
+# Types of files that only root can make.
+DEVICES = frozenset({stat.S_IFCHR, stat.S_IFBLK})
+
 
 @dataclass
 class Tally:
@@ -28,13 +32,18 @@ class Tally:
     data_bytes: int = 0
     directories: int = 0
     symlinks: int = 0
+    special_files: int = 0
     hard_links: int = 0
-    """Names of files with several names; each became an image of its own."""
+    """Further names of what has a name in the copy already."""
+    separated: int = 0
+    """Further names that had to become copies, where there can be no more links, or none."""
     resumed: int = 0
     """Images that were there already and were left as they are."""
     skipped: int = 0
+    incomplete: int = 0
+    """Those that were copied without some of their extended attributes."""
     damaged: int = 0
-    """Those of the skipped that are damaged in the store."""
+    """Those of the skipped and incomplete that are damaged in the store."""
 
 
 class Observer(Protocol):
@@ -45,6 +54,9 @@ class Observer(Protocol):
 
     def skipped(self, path: bytes, reason: str) -> None:
         """Hear that *path* was left out."""
+
+    def incomplete(self, path: bytes, reason: str) -> None:
+        """Hear that *path* was copied without something of it."""
 
 
 class Totals(NamedTuple):

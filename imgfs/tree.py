@@ -29,6 +29,7 @@ from imgfs.format import (
     Tag,
     inode_of,
     slot_of,
+    storable_ns,
 )
 from imgfs.layout import Flag, Word
 from imgfs.log import SMALL_BYTES, Part
@@ -183,7 +184,7 @@ class Tree(View):
                 if old.kind == Kind.DIRECTORY:
                     raise IsADirectory(f"{name!r} is a directory") from None
                 own = self._images.own_name(inode, old)
-            time_ns = now_ns if mtime_ns is None else mtime_ns
+            time_ns = now_ns if mtime_ns is None else storable_ns(mtime_ns)
             needle = Needle(kind, inode, *own, size, mode, uid, gid, mtime_ns=time_ns, ctime_ns=now_ns)
             if size <= SMALL_BYTES:
                 buffers = [piece for piece in pieces if len(piece)]
@@ -295,19 +296,19 @@ class Tree(View):
         """
 
         def change(now_ns: int) -> None:
-            needles = []
-            pairs = [(parent, name), (other_parent, other_name)]
-            (first, inode), (second, other) = (self._lookup(*pair) for pair in pairs)
+            (first, inode), (second, other) = self._lookup(parent, name), self._lookup(other_parent, other_name)
             if inode == other:
                 return
-            for entry, target, old, (new_parent, new_name) in (
-                (first, inode, parent, pairs[1]),
-                (second, other, other_parent, pairs[0]),
+            for target, directory in ((inode, other_parent), (other, parent)):
+                if self._images.record(target).kind == Kind.DIRECTORY:
+                    self._check_not_inside(directory, target)
+            for target in (inode, other):
+                self._give_birth(target, self._images.record(target))
+            needles = []
+            for entry, old, new_parent, new_name in (
+                (first, parent, other_parent, other_name),
+                (second, other_parent, parent, name),
             ):
-                record = self._images.record(target)
-                if record.kind == Kind.DIRECTORY:
-                    self._check_not_inside(new_parent, target)
-                self._give_birth(target, record)
                 extras: dict[int, bytes] = {Tag.OLD_PARENT: old.to_bytes(8, "little")}
                 needles.append(Needle(Kind.RENAME, entry, new_parent, new_name, ctime_ns=now_ns, extras=extras))
             self._images.writer().append(needles[0], [], second=Part(needles[1]), answers=True)
@@ -345,6 +346,7 @@ class Tree(View):
 
         def change(now_ns: int) -> None:
             attr = self.attr(inode)
+            time_ns = None if mtime_ns is None else storable_ns(mtime_ns)
             owner = (
                 attr.uid if uid is None else uid,
                 attr.gid if gid is None else gid,
@@ -354,7 +356,7 @@ class Tree(View):
             staged = self._images.staged(inode)
             dirty = staged is not None and (staged.dirty or bool(record.flags & Flag.UNBORN))
             if dirty:
-                self._images.set_staged(inode, owner=self._owner_index(*owner), mtime_ns=mtime_ns)
+                self._images.set_staged(inode, owner=self._owner_index(*owner), mtime_ns=time_ns)
                 if record.flags & Flag.UNBORN or (mode is None and uid is None and gid is None):
                     return
             needle = Needle(
@@ -363,7 +365,7 @@ class Tree(View):
                 mode=owner[2],
                 uid=owner[0],
                 gid=owner[1],
-                mtime_ns=record.mtime_ns if dirty or mtime_ns is None else mtime_ns,
+                mtime_ns=record.mtime_ns if dirty or time_ns is None else time_ns,
                 ctime_ns=now_ns,
             )
             if record.flags & Flag.DEAD:
@@ -374,7 +376,7 @@ class Tree(View):
             else:
                 self._images.writer().append(needle, [])
             if staged is not None and not dirty:
-                self._images.set_staged(inode, owner=self._table.record(slot_of(inode)).owner, mtime_ns=mtime_ns)
+                self._images.set_staged(inode, owner=self._table.record(slot_of(inode)).owner, mtime_ns=time_ns)
 
         self._locked(change)
 

@@ -159,6 +159,10 @@ class View:
         uid, gid, mode = self._table.owner(owner)
         return Attr(inode, kind, mode, uid, gid, nlink, size, mtime_ns, ctime_ns, -(-size // 512), device)
 
+    def any_rare(self) -> bool:
+        """Return whether any inode has several names, or extended attributes; if not, nobody need look for them."""
+        return self._memory.words[Word.RARE_COUNT] > 0
+
     def list(self, directory: int, after: int = 0, *, nowait: bool = False) -> Iterator[Entry]:
         """Yield the entries of *directory* whose key is above *after*, in order of their keys.
 

@@ -9,7 +9,7 @@ change writes anew. Must not know FUSE, nor who may see which names: that is the
 from collections.abc import Callable
 
 from imgfs.disk import WouldBlock
-from imgfs.errors import InvalidArgument, NameTooLong, NoAttribute, NotSupported, StoreFull
+from imgfs.errors import Damaged, DiskFailure, InvalidArgument, NameTooLong, NoAttribute, NotSupported, StoreFull
 from imgfs.format import NAME_BYTES_MAX, Kind, Needle, pack_xattrs, slot_of, unpack_xattrs
 from imgfs.layout import Flag
 from imgfs.tree import Tree
@@ -94,12 +94,18 @@ class Xattrs(Tree):
 
     def drop_capability(self, inode: int) -> None:
         """Take away what makes a program privileged, for its bytes or its owner changed."""
-        if self.has_xattrs(inode) and CAPABILITY in self._xattrs(inode):
+        try:
+            privileged = CAPABILITY in self._xattrs(inode)
+        except Damaged:
+            return  # nobody gets it any more
+        if privileged:
             self.remove_xattr(inode, CAPABILITY)
 
     def has_xattrs(self, inode: int) -> bool:
-        """Return whether a needle holds attributes of *inode*. Stale."""
+        """Return whether *inode* may have attributes. Stale."""
         record = self._images.record(inode)
+        if record.flags & Flag.UNBORN:
+            return True
         entry = self._memory.consistent(lambda: self._table.rare.get(slot_of(inode), record.generation))
         return entry.volume >= 0
 
@@ -107,7 +113,10 @@ class Xattrs(Tree):
         """Let *change* change the attributes of *inode*, and write them down if it returns true."""
 
         def write(now_ns: int) -> None:
-            attributes = self._xattrs(inode)
+            try:
+                attributes = self._xattrs(inode)
+            except Damaged:
+                attributes = {}  # they are lost; what is set now is not
             if not change(attributes):
                 return
             data = pack_xattrs(attributes)
@@ -128,8 +137,16 @@ class Xattrs(Tree):
     def _xattrs(self, inode: int, *, nowait: bool = False) -> dict[bytes, bytes]:
         """Return the attributes of *inode* that were set."""
         record = self._images.record(inode)
-        if record.flags & Flag.UNBORN:
-            return unpack_xattrs(self._images.waiting_attributes(inode))
+        while record.flags & Flag.UNBORN:
+            try:
+                waiting = self._images.waiting_attributes(inode)
+            except DiskFailure:
+                if self._images.record(inode).flags & Flag.UNBORN:
+                    raise
+                waiting = b""
+            before, record = record, self._images.record(inode)
+            if record == before:
+                return unpack_xattrs(waiting)
         entry = self._memory.consistent(lambda: self._table.rare.get(slot_of(inode), record.generation))
         if entry.volume < 0:
             return {}
@@ -164,3 +181,5 @@ def _mime_type(data: bytes) -> str:
 def _check_space(name: bytes) -> None:
     if not name.startswith(SPACES):
         raise NotSupported(f"{name!r} is no attribute that is kept: only those of user, trusted and security are")
+    if name in SPACES:
+        raise InvalidArgument("an attribute needs a name behind the dot")

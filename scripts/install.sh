@@ -33,8 +33,18 @@ install_packages() {
     fi
 }
 
+has_own_tests() {
+    .venv/bin/python -c 'from importlib.util import find_spec as f; exit(not (f("test") and f("test.test_os")))'
+}
+
 if [ "${1-}" = test ]; then
-    install_packages git imagemagick man-db nginx procps rsync sqlite3 systemd util-linux
+    install_packages attr fio git imagemagick inotify-tools libimage-exiftool-perl libjpeg-turbo-progs man-db nginx \
+        procps rsync sqlite3 systemd util-linux vim
+    # Python's own tests of files are run on a mount. Debian packs them apart from Python.
+    has_own_tests || install_packages "$(
+        .venv/bin/python -c 'import sys; print("libpython%d.%d-testsuite" % sys.version_info[:2])'
+    )"
+    has_own_tests || fail "$(.venv/bin/python -V) came without its package \`test\`, the tests of Python itself"
     touch .venv/test-ready
     exit
 fi

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from powercut import SimulatedDisk
+from snapshots import Attributes, Plain, Snapshot, assert_same, difference, groups, plain, snapshot
 from survivors import NOTHING_UNSYNCED
 
-from imgfs.errors import Damaged
 from imgfs.format import Kind, Needle
 from imgfs.log import Log
 from imgfs.settings import KIB, Settings
@@ -44,75 +44,21 @@ class Clock:
         self.now_ns += _TICK_NS
 
 
-class Node(NamedTuple):
-    """Everything a reader can see of one path."""
+@dataclass(eq=False)
+class Thing:
+    """What the model holds under one path, or under several."""
 
     kind: Kind
     mode: int
-    uid: int
-    gid: int
-    data: bytes | None  # of an image or a link; None: EIO
-    inode: int
-    nlink: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
+    data: bytes | None = None
+    uid: int = UID
+    gid: int = GID
+    attributes: dict[bytes, bytes] = field(default_factory=dict)
+    device: int = 0
 
-
-Snapshot = dict[bytes, Node]
-Plain = tuple[Kind, int, int, int, bytes | None]  # a node without what the store chooses itself
-
-
-def plain(snapshot: Snapshot) -> dict[bytes, Plain]:
-    return {path: node[:5] for path, node in snapshot.items()}
-
-
-def read_image(store: Store, inode: int) -> bytes:
-    handle = store.open_image(inode)
-    try:
-        return bytes(store.read(handle, 0, store.attr(inode).size + 1))
-    finally:
-        store.release(handle)
-
-
-def snapshot(store: Store, *, damaged: bool = False) -> Snapshot:
-    """Return all that a reader sees, by path; check that the ways to see it agree. *damaged*: an EIO is no failure."""
-    found: Snapshot = {}
-
-    def look(path: bytes, inode: int) -> None:
-        attr = store.attr(inode)
-        data = None
-        if attr.kind != Kind.DIRECTORY:
-            try:
-                data = store.readlink(inode) if attr.kind == Kind.SYMLINK else read_image(store, inode)
-            except Damaged:
-                if not damaged:
-                    raise
-        else:
-            entries = list(store.list(inode))
-            assert len({entry.name for entry in entries}) == len(entries), f"a name twice in {path!r}: {entries}"
-            subdirectories = 0
-            for entry in entries:
-                below = path + b"/" + entry.name
-                assert store.lookup(inode, entry.name) == entry.inode, below
-                assert store.parent(entry.inode) == inode, below
-                assert store.name(entry.inode) == entry.name
-                look(below, entry.inode)
-                subdirectories += found[below].kind == Kind.DIRECTORY
-            assert attr.nlink == 2 + subdirectories, path
-        if data is not None:
-            assert len(data) == attr.size, path
-        found[path] = Node(
-            attr.kind, attr.mode, attr.uid, attr.gid, data, inode, attr.nlink, attr.size, attr.mtime_ns, attr.ctime_ns
-        )
-
-    look(b"", ROOT)
-    kinds = [node.kind for node in found.values()]
-    counts = store.counts()
-    assert [counts.images, counts.directories, counts.symlinks] == [
-        kinds.count(kind) for kind in (Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK)
-    ]
-    return found
+    @property
+    def plain(self) -> Plain:
+        return self.kind, self.mode, self.uid, self.gid, self.data
 
 
 @dataclass
@@ -138,14 +84,14 @@ class Workload:
     disk: SimulatedDisk = field(default_factory=SimulatedDisk)
     history: list[Snapshot] = field(default_factory=list)
     synced: int = 0
-    model: dict[bytes, Plain] = field(default_factory=dict)
+    model: dict[bytes, Thing] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         make_store(STORE, self.settings, self.disk, uid=UID, gid=GID)
         self.disk.trace.clear()
         self.open()
-        self.model[b""] = (Kind.DIRECTORY, 0o755, UID, GID, None)
+        self.model[b""] = Thing(Kind.DIRECTORY, 0o755)
         self.history.append(self._look())
         self._before = self.history[0]
 
@@ -167,7 +113,11 @@ class Workload:
 
     def _look(self) -> Snapshot:
         seen = snapshot(self.store)
-        assert plain(seen) == self.model
+        assert plain(seen) == {path: thing.plain for path, thing in self.model.items()}
+        assert groups({path: node.inode for path, node in seen.items()}) == groups(self.model)
+        for path, thing in self.model.items():
+            assert dict(seen[path].attributes or ()) == thing.attributes, path
+            assert seen[path].device == thing.device, path
         return seen
 
     @contextmanager
@@ -182,12 +132,14 @@ class Workload:
 
     # -- operations -------------------------------------------------------------------------------------------
 
-    def create(self, path: bytes, data: bytes, mode: int = 0o644) -> None:
-        """As open(O_CREAT), write and close do it."""
+    def create(self, path: bytes, data: bytes, mode: int = 0o644, attributes: Attributes = ()) -> None:
+        """As open(O_CREAT), fsetxattr, write and close do it."""
         with self._operation():
-            _, handle = self.store.create_image(*self._at(path), mode, UID, GID)
+            inode, handle = self.store.create_image(*self._at(path), mode, UID, GID)
+            for name, value in attributes:
+                self.store.set_xattr(inode, name, value)
             self._write(handle, data)
-            self.model[path] = (Kind.FILE, mode, UID, GID, data)
+            self.model[path] = Thing(Kind.FILE, mode, data, attributes=dict(attributes))
 
     def _write(self, handle: int, data: bytes) -> None:
         for at in range(0, len(data), 128 * KIB):
@@ -198,7 +150,7 @@ class Workload:
     def overwrite(self, path: bytes, data: bytes) -> None:
         with self._operation():
             self._write(self.store.open_image(self.store.resolve(path), write=True, truncate=True), data)
-            self.model[path] = (*self.model[path][:4], data)
+            self.model[path].data = data
 
     def append(self, path: bytes, data: bytes) -> None:
         with self._operation():
@@ -207,29 +159,40 @@ class Workload:
             self.store.write(handle, self.store.attr(inode).size, data)
             self.store.flush(handle)
             self.store.release(handle)
-            self.model[path] = (*self.model[path][:4], (self.model[path][4] or b"") + data)
+            self.model[path].data = (self.model[path].data or b"") + data
 
     def put(self, path: bytes, data: bytes, mode: int = 0o600) -> None:
         with self._operation():
             self.store.put(
                 *self._at(path), data, len(data), mode=mode, uid=UID, gid=GID, mtime_ns=self.clock.now_ns // 2
             )
-            self.model[path] = (Kind.FILE, mode, UID, GID, data)
+            thing = self.model.setdefault(path, Thing(Kind.FILE, mode))
+            thing.kind, thing.mode, thing.data, thing.uid, thing.device = Kind.FILE, mode, data, UID, 0
 
     def truncate(self, path: bytes, size: int) -> None:
         with self._operation():
             self.store.truncate(self.store.resolve(path), size)
-            self.model[path] = (*self.model[path][:4], (self.model[path][4] or b"")[:size].ljust(size, b"\0"))
+            self.model[path].data = (self.model[path].data or b"")[:size].ljust(size, b"\0")
 
     def mkdir(self, path: bytes, mode: int = 0o755) -> None:
         with self._operation():
             self.store.mkdir(*self._at(path), mode, UID, GID)
-            self.model[path] = (Kind.DIRECTORY, mode, UID, GID, None)
+            self.model[path] = Thing(Kind.DIRECTORY, mode)
 
     def symlink(self, path: bytes, target: bytes) -> None:
         with self._operation():
             self.store.symlink(*self._at(path), target, UID, GID)
-            self.model[path] = (Kind.SYMLINK, 0o777, UID, GID, target)
+            self.model[path] = Thing(Kind.SYMLINK, 0o777, target)
+
+    def special(self, path: bytes, mode: int, device: int = 0) -> None:
+        with self._operation():
+            self.store.special(*self._at(path), mode, device, UID, GID)
+            self.model[path] = Thing(Kind.SPECIAL, mode, b"", device=device)
+
+    def link(self, path: bytes, new: bytes) -> None:
+        with self._operation():
+            self.store.link(self.store.resolve(path), *self._at(new))
+            self.model[new] = self.model[path]
 
     def unlink(self, path: bytes) -> None:
         with self._operation():
@@ -244,15 +207,41 @@ class Workload:
     def rename(self, old: bytes, new: bytes) -> None:
         with self._operation():
             self.store.rename(*self._at(old), *self._at(new))
-            for path in [path for path in self.model if path == old or path.startswith(old + b"/")]:
-                self.model[new + path[len(old) :]] = self.model.pop(path)
+            if self.model[old] is not self.model.get(new):
+                self.model = {path: thing for path, thing in self.model.items() if path != new}
+                self._move({old: new})
+
+    def exchange(self, one: bytes, other: bytes) -> None:
+        with self._operation():
+            self.store.exchange(*self._at(one), *self._at(other))
+            self._move({one: other, other: one})
+
+    def _move(self, names: dict[bytes, bytes]) -> None:
+        """Give each path that is, or lies below, one of *names* another."""
+
+        def moved(path: bytes) -> bytes:
+            above = [name for name in names if path == name or path.startswith(name + b"/")]
+            return names[above[0]] + path[len(above[0]) :] if above else path
+
+        self.model = {moved(path): thing for path, thing in self.model.items()}
 
     def set_attr(self, path: bytes, *, mode: int | None = None, uid: int | None = None, mtime_ns: int = 1) -> None:
         with self._operation():
             self.store.set_attr(self.store.resolve(path), mode=mode, uid=uid, mtime_ns=mtime_ns)
-            kind, old_mode, old_uid, gid, data = self.model[path]
-            new_mode, new_uid = old_mode if mode is None else mode, old_uid if uid is None else uid
-            self.model[path] = (kind, new_mode, new_uid, gid, data)
+            thing = self.model[path]
+            if mode is not None:
+                thing.mode = thing.mode & ~0o7777 | mode
+            thing.uid = thing.uid if uid is None else uid
+
+    def set_xattr(self, path: bytes, name: bytes, value: bytes) -> None:
+        with self._operation():
+            self.store.set_xattr(self.store.resolve(path), name, value)
+            self.model[path].attributes[name] = value
+
+    def remove_xattr(self, path: bytes, name: bytes) -> None:
+        with self._operation():
+            self.store.remove_xattr(self.store.resolve(path), name)
+            del self.model[path].attributes[name]
 
     def sync(self) -> None:
         covered = self.acknowledged
@@ -284,73 +273,19 @@ def photo(size: int, seed: int) -> bytes:
     return Random(seed).randbytes(size)
 
 
-def small_images(work: Workload) -> None:
-    """Every operation, over three volumes; synced now and then, once in the middle of a volume."""
-    long_name = b"n" * 255
-    work.mkdir(b"/a")
-    work.mkdir(b"/a/deep", 0o700)
-    work.create(b"/a/one", photo(3000, 1))
-    work.create(b"/two", photo(517, 2), 0o640)
-    work.create(b"/empty", b"")
-    work.sync()
-    work.overwrite(b"/a/one", photo(7000, 3))
-    work.symlink(b"/link", b"a/one")
-    work.create(b"/a/\xff\xfe \n", photo(100, 4))
-    work.rename(b"/two", b"/a/one")  # over another, in another directory
-    work.set_attr(b"/a/one", mode=0o400, mtime_ns=123_456_789_012)
-    work.fsync(b"/a/one")
-    work.unlink(b"/empty")
-    work.create(b"/empty", photo(1, 5))  # the same name again
-    work.put(b"/" + long_name, photo(9000, 6))
-    work.append(b"/" + long_name, photo(900, 7))
-    work.put(b"/" + long_name, photo(20_000, 8))  # over an image, same inode
-    work.rename(b"/a/deep", b"/deep")
-    work.create(b"/deep/x", photo(12_000, 9))
-    work.truncate(b"/deep/x", 5000)
-    work.set_attr(b"/deep", mode=0o1777, uid=7, mtime_ns=-1)
-    work.create(b"/deep/.tmp", photo(2000, 10))
-    work.rename(b"/deep/.tmp", b"/deep/x")  # as an editor saves
-    work.sync()
-    work.mkdir(b"/gone")
-    work.create(b"/gone/y", photo(300, 11))
-    work.unlink(b"/gone/y")
-    work.rmdir(b"/gone")
-    work.unlink(b"/link")
-    work.symlink(b"/link", b"")
-    work.create(b"/deep/reuse", photo(800, 12))  # a slot of the deleted, of another generation
-    work.rename(b"/deep", b"/a/deep")
-    work.overwrite(b"/a/deep/x", photo(15_000, 13))
-    work.create(b"/a/deep/.tmp", photo(14_000, 14))
-    work.rename(b"/a/deep/.tmp", b"/a/deep/reuse")
-    work.put(b"/last", photo(18_000, 15))
-    work.sync()
-    work.mkdir(b"/e")
-    work.mkdir(b"/f")
-    work.rename(b"/e", b"/f")  # a directory over an empty one
-    work.create(b"/f/one", photo(10, 16))
-    work.rename(b"/a/one", b"/f/one")
-    work.truncate(b"/last", 0)
-    work.set_attr(b"/f/one", mtime_ns=5)
-    work.rename(b"/f/one", b"/f/two")
-    work.unlink(b"/a/\xff\xfe \n")
-
-
-def large_images(work: Workload) -> None:
-    """Images above 1 MiB, which are written in pieces and alone may be larger than a volume."""
-    mib = 1 << 20
-    work.create(b"/large", photo(mib + 1, 20))
-    work.put(b"/piece", photo(30_000, 21))
-    work.sync()
-    work.put(b"/huge", photo(mib + mib // 2, 22))
-    work.rename(b"/huge", b"/large")
-
-
 # -- after the crash ------------------------------------------------------------------------------------------
 
 
 def content(disk: SimulatedDisk) -> dict[str, bytes]:
     """Return all that a recovery looks at: what was being written is not looked at, only removed."""
     return {path: b"" if "/staging/" in path else disk.content(path) for path in disk.paths()}
+
+
+def without_index(disk: SimulatedDisk) -> SimulatedDisk:
+    for path in disk.paths():
+        if path.endswith((".idx", ".names")):
+            disk.remove(path)
+    return disk
 
 
 def open_store(disk: SimulatedDisk, settings: Settings = SETTINGS, *, writable: bool = True) -> Store:
@@ -394,24 +329,6 @@ def _only_touched(seen: Snapshot, before: Snapshot, after: Snapshot) -> bool:
     return True
 
 
-def difference(seen: Snapshot, wanted: Snapshot) -> str:
-    """Return in which paths two states differ, and how."""
-    lines = []
-    for path in sorted(seen.keys() | wanted.keys()):
-        one, other = seen.get(path), wanted.get(path)
-        if one != other:
-            lines.append(f"{path[-40:]!r}: {_brief(one)} instead of {_brief(other)}")
-    return "\n".join(lines)
-
-
-def _brief(node: Node | None) -> str:
-    if node is None:
-        return "nothing"
-    kind, mode, uid, gid, data, inode, nlink, size, mtime_ns, ctime_ns = node
-    head = data if data is None else data[:8]
-    return f"({kind.name} {mode:o} {uid} {gid} {head!r} {inode=:x} {nlink=} {size=} {mtime_ns=} {ctime_ns=})"
-
-
 def assert_promised(history: list[Snapshot], seen: Snapshot, lowest: int, highest: int, where: Any) -> None:
     if not promised(history, seen, lowest, highest):
         later = [n for n, state in enumerate(history) if state == seen]
@@ -444,10 +361,6 @@ def live_on(disk: SimulatedDisk, seen: Snapshot, clock: Clock, settings: Setting
     store.close()
     assert_same(recovered(disk.after_power_cut(NOTHING_UNSYNCED), settings), wanted, "closed after the recovery")
     check_log(disk)
-
-
-def assert_same(seen: Snapshot, wanted: Snapshot, where: str) -> None:
-    assert seen == wanted, f"{where}:\n{difference(seen, wanted)}"
 
 
 def needles(disk: SimulatedDisk) -> Iterator[tuple[str, int, Needle | Gap]]:

@@ -6,16 +6,19 @@ Owns the simplest replay there can be, and holds recovery against it. Must not k
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
 import pytest
-from crash_model import Clock, Node, Snapshot, Workload, assert_same, needles, open_store, small_images, snapshot
+from crash_model import Clock, Workload, needles, open_store, without_index
 from powercut import SimulatedDisk
+from snapshots import Node, Snapshot, assert_same, snapshot
+from workloads import random_operations, small_images
 
 from imgfs.errors import Damaged
-from imgfs.format import PUT_KINDS, Kind, Needle, Tag, footer_bytes, slot_of
+from imgfs.format import FLAG_BARE, FLAG_LAST, PUT_KINDS, Kind, Needle, Tag, footer_bytes, slot_of, unpack_xattrs
 from imgfs.recover import Damage
 from imgfs.settings import Settings
 from imgfs.store import ROOT, Store
@@ -70,28 +73,34 @@ def sample_of(work: Workload) -> Sample:
     return Sample(disk, work.history[-1], found, durable)
 
 
-def closed_store(clock: Clock) -> Sample:
+def closed_store(clock: Clock, operations: Callable[[Workload], None] = small_images) -> Sample:
     """Return a store of several volumes that was closed."""
     work = Workload(clock)
-    small_images(work)
+    operations(work)
     work.close()
     return sample_of(work)
 
 
-def killed_store(clock: Clock) -> Sample:
-    """Return a store of one volume, synced but never checkpointed: all of it is replayed needle by needle."""
-    work = Workload(clock, Settings(volume_bytes_max=1 << 20, headroom_bytes=0, rest_slots=2))
-    small_images(work)
+def random_store(clock: Clock, seed: int, *, closed: bool) -> Sample:
+    """Return a store in which things were done at random; slots are used again soon, and volumes are small."""
+    random = Random(seed)
+    size = (64 << 10) if closed else (1 << 20)
+    work = Workload(clock, Settings(volume_bytes_max=size, headroom_bytes=0, rest_slots=random.choice((0, 0, 3))))
+    random_operations(work, random, 45)
     work.sync()
     work.create(b"/mark", b"its header says that all before it is durable")
+    if closed:
+        work.close()
     return sample_of(work)
 
 
-def without_index(disk: SimulatedDisk) -> SimulatedDisk:
-    for path in disk.paths():
-        if path.endswith((".idx", ".names")):
-            disk.remove(path)
-    return disk
+def killed_store(clock: Clock, operations: Callable[[Workload], None] = small_images) -> Sample:
+    """Return a store of one volume, synced but never checkpointed: all of it is replayed needle by needle."""
+    work = Workload(clock, Settings(volume_bytes_max=1 << 20, headroom_bytes=0, rest_slots=2))
+    operations(work)
+    work.sync()
+    work.create(b"/mark", b"its header says that all before it is durable")
+    return sample_of(work)
 
 
 # -- what is left when one needle cannot be read -----------------------------------------------------------------
@@ -100,67 +109,131 @@ def without_index(disk: SimulatedDisk) -> SimulatedDisk:
 class Entry(NamedTuple):
     """An inode as the needles tell it."""
 
-    parent: int
+    parent: int  # 0: only links name it
     name: bytes
     kind: int
     mode: int
     uid: int
     gid: int
-    at: At | None  # what holds its data
+    at: At  # what holds its data
     named: int  # number of the needle that named it
+    target: int = 0  # of a link
 
 
-def replay(found: list[At], lost: At) -> dict[int, Entry]:
-    """Return all inodes as the needles but *lost* tell them; the simplest replay there can be."""
+class Told(NamedTuple):
+    """What the needles tell."""
+
+    inodes: dict[int, Entry]
+    attributes: dict[int, At]  # by inode; may be of one that is gone
+
+    def links(self, inode: int) -> list[int]:
+        return [link for link, entry in self.inodes.items() if entry.target == inode]
+
+
+def replay(found: list[At], lost: At | None = None) -> Told:
+    """Return what the needles, but for *lost*, tell; the simplest replay there can be."""
     inodes: dict[int, Entry] = {}
+    attributes: dict[int, At] = {}
+
+    def end(inode: int) -> None:
+        inodes.pop(inode, None)
+        attributes.pop(inode, None)
+
+    def drop_name(inode: int, needle: Needle) -> None:
+        if not needle.flags & FLAG_BARE:
+            end(inode)
+        elif inode in inodes:
+            inodes[inode] = inodes[inode]._replace(parent=0, name=b"")
+        if needle.flags & FLAG_LAST:
+            end(needle.extra_u64(Tag.TARGET))
+
     for number, at in enumerate(found):
         needle = at.needle
         if at is lost:
             continue
         if needle.kind in PUT_KINDS:
-            for other in [inode for inode in inodes if slot_of(inode) == slot_of(needle.inode) != slot_of(ROOT)]:
-                del inodes[other]
+            for other in [inode for inode in inodes if slot_of(inode) == slot_of(needle.inode) and inode != ROOT]:
+                if other != needle.inode:
+                    end(other)
+            target = needle.extra_u64(Tag.TARGET)
             inodes[needle.inode] = Entry(
-                needle.parent, needle.name, needle.kind, needle.mode, needle.uid, needle.gid, at, number
+                needle.parent, needle.name, needle.kind, needle.mode, needle.uid, needle.gid, at, number, target
             )
         elif needle.kind == Kind.DELETE:
-            inodes.pop(needle.inode, None)
+            drop_name(needle.inode, needle)
         elif needle.kind == Kind.RENAME:
-            inodes.pop(needle.extra_u64(Tag.REPLACED), None)
+            drop_name(needle.extra_u64(Tag.REPLACED), needle)
             if needle.inode in inodes:
                 moved = inodes[needle.inode]._replace(parent=needle.parent, name=needle.name, named=number)
                 inodes[needle.inode] = moved
         elif needle.kind == Kind.ATTRIBUTES and needle.inode in inodes:
             changed = inodes[needle.inode]._replace(mode=needle.mode, uid=needle.uid, gid=needle.gid)
             inodes[needle.inode] = changed
-    return inodes
+        elif needle.kind == Kind.XATTR:
+            attributes[needle.inode] = at
+    for inode, entry in list(inodes.items()):
+        if entry.kind == Kind.LINK and entry.target not in inodes:
+            del inodes[inode]
+    return Told(inodes, attributes)
+
+
+def rings(inodes: dict[int, Entry]) -> list[int]:
+    """Return of each ring of directories that lie in one another the one that has its name longest."""
+    found = set()
+    for inode in inodes:
+        above: list[int] = []
+        while inode in inodes and inode != ROOT and inode not in above:
+            above.append(inode)
+            inode = inodes[inode].parent
+        if inode in above:
+            found.add(min(above[above.index(inode) :], key=lambda each: inodes[each].named))
+    return sorted(found)
 
 
 def check_survivors(sample: Sample, lost: At, seen: Snapshot, where: str) -> None:
     """Check that all but the needle *lost* counts in what is *seen*, by inode, and that nothing else is there."""
-    inodes = replay(sample.needles, lost)
-    paths = {node.inode: path for path, node in seen.items()}
+    told = replay(sample.needles, lost)
+    inodes = told.inodes
     latest: dict[tuple[int, bytes], int] = {}
     for inode, entry in sorted(inodes.items(), key=lambda item: item[1].named):
-        latest[entry.parent, entry.name] = inode
-    for inode, entry in inodes.items():
-        assert inode in paths, f"{where}: inode {inode:#x}, {entry.name!r}, is lost too"
-        node, path = seen[paths[inode]], paths[inode]
-        assert (node.kind, node.mode, node.uid, node.gid) == (entry.kind, entry.mode, entry.uid, entry.gid), where
-        if entry.kind != Kind.DIRECTORY and entry.at is not None:
-            assert node.data == data_of(sample.disk, entry.at), f"{where}: wrong bytes in {path!r}"
+        latest[slot_of(entry.parent), entry.name] = inode
+    unstuck = rings(inodes)
+
+    def fits(entry_inode: int, path: bytes) -> bool:
+        """Return whether *path* is what one would call the name *entry_inode*."""
+        entry = inodes[entry_inode]
         directory, _, name = path.rpartition(b"/")
-        if inode == ROOT:
-            assert path == b""
-        elif latest[entry.parent, entry.name] != inode:
-            assert path == lost_path(inode), f"{where}: two have the name {entry.name!r}"
-        elif entry.parent in inodes:
-            assert (seen[directory].inode, name) == (entry.parent, entry.name), where
-        else:
-            assert seen[directory].inode == entry.parent, f"{where}: {path!r} had another directory"
-            renamed = any(at.needle.kind == Kind.RENAME and at.needle.inode == entry.parent for at in sample.needles)
-            assert directory == lost_path(entry.parent) or renamed, f"{where}: {path!r} had a directory that is lost"
-            assert name == entry.name
+        if entry_inode == ROOT or not path:
+            return (entry_inode == ROOT) == (not path)
+        if path == lost_path(entry_inode):
+            # Nothing has this name for long, unless there is no other for it.
+            taken = latest[slot_of(entry.parent), entry.name] != entry_inode
+            return taken or not entry.parent or entry.parent not in inodes or entry_inode in unstuck
+        if name != entry.name:
+            return False
+        if entry.parent in inodes:
+            return seen[directory].inode == entry.parent
+        # Its directory is lost, or was removed after a lost needle took this out of it; its slot may be used again.
+        return slot_of(seen[directory].inode) == slot_of(entry.parent)
+
+    for inode, entry in inodes.items():
+        if entry.kind == Kind.LINK:
+            continue
+        paths = [path for path, node in seen.items() if node.inode == inode]
+        names = [each for each in (inode, *told.links(inode)) if inodes[each].parent] or [inode]
+        assert len(paths) == len(names), f"{where}: inode {inode:#x}, {entry.name!r}: {paths}, names {names}"
+        for name in names:
+            places = [path for path in paths if fits(name, path)]
+            assert places, f"{where}: {inodes[name].name!r}, a name of inode {inode:#x}, is not among {paths}"
+        node = seen[paths[0]]
+        assert (node.kind, node.mode, node.uid, node.gid) == (entry.kind, entry.mode, entry.uid, entry.gid), where
+        if entry.kind != Kind.DIRECTORY:
+            assert node.data == data_of(sample.disk, entry.at), f"{where}: wrong bytes in {paths}"
+        if entry.kind == Kind.SPECIAL:
+            assert node.device == entry.at.needle.extra_u64(Tag.DEVICE), where
+        at = told.attributes.get(inode)
+        wanted = unpack_xattrs(data_of(sample.disk, at)) if at is not None else {}
+        assert dict(node.attributes or ()) == wanted, f"{where}: other attributes of {paths}"
     for path, node in seen.items():
         if node.inode not in inodes:
             made = path.startswith(b"/" + LOST) or path == b"" or lost.needle.kind == Kind.DIRECTORY
@@ -193,16 +266,36 @@ def flips(sample: Sample, at: At, part: str, number: int) -> list[int]:
 
 
 def is_current(sample: Sample, at: At, node: Node) -> bool:
+    """Return whether *at* holds the bytes of *node*."""
     last = [each for each in sample.needles if each.needle.inode == node.inode and each.needle.kind in PUT_KINDS][-1]
-    return last is at
+    return last is at and node.kind in (Kind.FILE, Kind.SYMLINK)
+
+
+def holds_attributes(sample: Sample, at: At, node: Node) -> bool:
+    """Return whether *at* holds the extended attributes of *node*."""
+    held = [each for each in sample.needles if each.needle.inode == node.inode and each.needle.kind == Kind.XATTR]
+    return bool(held) and held[-1] is at and at.needle.data_size > 0
+
+
+def without_bytes(sample: Sample, at: At) -> tuple[Snapshot, list[bytes]]:
+    """Return what a reader sees who cannot read *at*, and the paths where that is an error."""
+    wanted = sample.wanted.copy()
+    for path, node in sample.wanted.items():
+        if is_current(sample, at, node):
+            wanted[path] = node._replace(data=None)
+        elif holds_attributes(sample, at, node):
+            wanted[path] = node._replace(attributes=None)
+    return wanted, [path for path, node in wanted.items() if node != sample.wanted[path]]
 
 
 def check_error(store: Store, path: bytes, at: At) -> None:
-    """Opening says which volume and offset are damaged."""
+    """Opening, or asking for the attributes, says which volume and offset are damaged."""
     inode = store.resolve(path)
     text = f"volume {at.volume_id}, offset {at.offset}"
     with pytest.raises(Damaged, match=text):
-        if store.attr(inode).kind == Kind.SYMLINK:
+        if at.needle.kind == Kind.XATTR:
+            store.list_xattrs(inode)
+        elif store.attr(inode).kind == Kind.SYMLINK:
             store.readlink(inode)
         else:
             store.open_image(inode)
@@ -224,3 +317,20 @@ def check_one_lost(sample: Sample, disk: SimulatedDisk, at: At, where: str) -> N
     with open_store(without_index(disk)) as again:
         assert covers(again.report.damage, at), f"{where}: reported once only"
         assert_same(snapshot(again), seen, f"{where}, without the index again")
+    check_newcomers(disk, seen, where)
+
+
+def check_newcomers(disk: SimulatedDisk, seen: Snapshot, where: str) -> None:
+    """Check that what takes the slots of the lost gets nothing of theirs, and takes nothing from others."""
+    for index in (True, False):
+        with open_store(disk, Settings(headroom_bytes=0, rest_slots=0)) as store:
+            for number in range(4):
+                name = b"new %d, %d" % (index, number)
+                store.put(ROOT, name, name, len(name), mode=0o600, uid=1, gid=1, mtime_ns=1)
+            wanted = snapshot(store)
+        others = {path: node for path, node in wanted.items() if path and not path.startswith(b"/new ")}
+        assert others == {path: node for path, node in seen.items() if path}, f"{where}: others changed"
+        newcomers = [node for path, node in wanted.items() if path.startswith(b"/new ")]
+        assert not any(node.nlink > 1 or node.attributes for node in newcomers), f"{where}: {newcomers}"
+        with open_store(disk if index else without_index(disk), writable=False) as again:
+            assert_same(snapshot(again), wanted, f"{where}, new images, {index=}")

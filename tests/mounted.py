@@ -39,7 +39,7 @@ PREFIX = os.path.join(tempfile.gettempdir(), "imgfs-mount-test-")
 # Nothing here takes a second when it works; a machine may be busy.
 DEADLINE_S = 30.0
 POLL_S = 0.005
-# No test has one daemon for longer.
+# No test takes longer with one daemon.
 WATCHDOG_S = 100.0
 # The smallest XFS there is.
 XFS_BYTES = 300 * MIB
@@ -318,11 +318,19 @@ class Mounted:
                 cwd="/",
                 env=_environment() | (environment or {}),
             )
-        # Who waits for a daemon that hangs cannot be interrupted, but gets an error when it is killed.
-        self._watchdog = threading.Timer(WATCHDOG_S, self.process.kill)
-        self._watchdog.start()
+        self.watch()
         if answers:
             wait_until(lambda: b"mounted at" in self._logged_since(start), "the mount answers", process=self.process)
+
+    def watch(self, seconds: float = WATCHDOG_S) -> None:
+        """Kill the daemon if it still runs in so many *seconds*, counted anew at each call.
+
+        Who waits for a daemon that hangs cannot be interrupted, but gets an error when it is killed.
+        """
+        assert self.process is not None
+        self._unwatch()
+        self._watchdog = threading.Timer(seconds, self.process.kill)
+        self._watchdog.start()
 
     def stop(self) -> None:
         """Unmount as a user does; the daemon has to end by itself, and well."""
@@ -384,9 +392,13 @@ class Mounted:
 
     def _forget_process(self) -> None:
         self.process = None
+        self._unwatch()
+
+    def _unwatch(self) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
             self._watchdog.join()
+            self._watchdog = None
 
     def _logged_since(self, start: int) -> bytes:
         return self.log.read_bytes()[start:]

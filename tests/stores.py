@@ -30,6 +30,8 @@ class Found(NamedTuple):
     gid: int
     mtime_ns: int
     data: bytes
+    attributes: frozenset[tuple[bytes, bytes]] = frozenset()
+    device: int = 0
 
 
 def new_store(settings: Settings = TINY, disk: SimulatedDisk | None = None) -> Store:
@@ -115,8 +117,9 @@ def tree(store: Store, directory: int = ROOT, path: bytes = b"") -> dict[bytes, 
     subdirectories = 0
     for entry in store.list(directory):
         assert store.lookup(directory, entry.name) == entry.inode
-        assert store.parent(entry.inode) == directory
         attr = store.attr(entry.inode)
+        if attr.nlink == 1 or attr.kind == Kind.DIRECTORY:
+            assert (store.parent(entry.inode), store.name(entry.inode)) == (directory, entry.name)
         here = path + b"/" + entry.name
         assert here not in found
         data = b""
@@ -125,7 +128,10 @@ def tree(store: Store, directory: int = ROOT, path: bytes = b"") -> dict[bytes, 
         elif attr.kind == Kind.SYMLINK:
             data = store.readlink(entry.inode)
         mtime_ns = 0 if attr.kind == Kind.DIRECTORY else attr.mtime_ns
-        found[here] = Found(attr.kind, attr.inode, attr.mode, attr.uid, attr.gid, mtime_ns, data)
+        attributes = frozenset((name, store.get_xattr(entry.inode, name)) for name in store.list_xattrs(entry.inode))
+        found[here] = Found(
+            attr.kind, attr.inode, attr.mode, attr.uid, attr.gid, mtime_ns, data, attributes, attr.device
+        )
         if attr.kind == Kind.DIRECTORY:
             subdirectories += 1
             found |= tree(store, entry.inode, here)

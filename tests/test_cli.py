@@ -3,19 +3,19 @@
 import json
 import os
 import shutil
-import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_line import COMMAND, Run, flip, place_of, volume_file
+from command_line import COMMAND, Run, volume_file
 from crc32c import crc32c
 
 from imgfs import __version__, cli
 from imgfs.cli import COMMANDS
 from imgfs.cli.text import binary_size, duration, escape, one_line, parse_size
-from imgfs.errors import EXIT_BUSY, EXIT_DAMAGED, EXIT_FAILURE, EXIT_NO_STORE, EXIT_USAGE
+from imgfs.errors import EXIT_BUSY, EXIT_FAILURE, EXIT_NO_STORE, EXIT_USAGE
 from imgfs.store import Store
 
 # -- the command line itself --------------------------------------------------------------------------------------
@@ -55,6 +55,34 @@ def test_a_wrong_command_line_is_one_line(arguments: list[str], run: Run) -> Non
     assert done.out == ""
     assert done.err.startswith("imgfs: ")
     assert done.err.endswith("--help)\n")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["mkfs", ""],
+        ["mount", "", "point"],
+        ["mount", "store", ""],
+        ["umount", ""],
+        ["import", "", "store"],
+        ["import", "/", ""],
+        ["import", "/", "store", "--into", ""],
+        ["export", "", "out"],
+        ["export", "store", ""],
+        ["ls", ""],
+        ["ls", "store", ""],
+        ["stat", "", "x"],
+        ["stat", "store", ""],
+        ["info", ""],
+        ["check", ""],
+        ["rebuild-index", ""],
+    ],
+)
+def test_an_empty_path_is_a_wrong_command_line(arguments: list[str], run: Run) -> None:
+    done = run(*arguments)
+    assert done.code == EXIT_USAGE
+    assert "path is empty" in done.err or "Directory '' does not exist" in done.err
     assert done.err.count("\n") == 1
 
 
@@ -151,100 +179,22 @@ def test_mkfs_takes_only_an_empty_directory(tmp_path: Path, run: Run) -> None:
 
 
 def test_mkfs_refuses_a_volume_size_out_of_range(tmp_path: Path, run: Run) -> None:
-    for size in ("1K", "1T"):
+    for size in ("1K", "65535", "33G"):
         done = run("mkfs", tmp_path / "store", "--volume-size", size)
-        assert done.code == EXIT_FAILURE
+        assert done.code == EXIT_USAGE
+        assert f"'{size}' is out of range: a volume has 64.0 KiB to 32.0 GiB" in done.err
         assert done.err.count("\n") == 1
     assert not (tmp_path / "store").exists()
 
 
-# -- import and export --------------------------------------------------------------------------------------------
-
-
-def test_photos_go_in_and_come_out(store: Path, photos: Path, tmp_path: Path, run: Run) -> None:
-    done = run("import", photos, store)
-    assert done.code == 0
-    assert done.err == ""
-    assert done.out.startswith("imported 20 images (0.1 MB), 2 directories, 1 symbolic link in 0.")
-    assert done.out.endswith(" MB/s\n")
-    done = run("export", store, tmp_path / "out")
-    assert done.code == 0
-    assert done.out.startswith("exported 20 images")
-    subprocess.run(["diff", "-r", "--no-dereference", photos, tmp_path / "out"], check=True)
-    itemized = ["rsync", "-anic", "--delete", f"{photos}/", f"{tmp_path}/out/"]
-    assert subprocess.run(itemized, capture_output=True, check=True).stdout == b""
-
-
-def test_quiet_says_nothing(store: Path, photos: Path, tmp_path: Path, run: Run) -> None:
-    assert run("import", "--quiet", photos, store) == (0, "", "")
-    assert run("export", "-q", store, tmp_path / "out") == (0, "", "")
-    assert run("check", "-q", store) == (0, "", "")
-
-
-def test_what_is_skipped_is_named_and_the_exit_code_says_so(store: Path, photos: Path, run: Run) -> None:
-    os.mkfifo(photos / "pipe\n")
-    (photos / "twin").hardlink_to(photos / "album 1" / "IMG_0019.jpg")
-    done = run("import", photos, store)
-    assert done.code == EXIT_FAILURE
-    assert done.err.splitlines() == [
-        f"imgfs: skipped {photos}/pipe\\n: a named pipe cannot be stored",
-        "imgfs: 2 files had further names (hard links): each name is an image",
-        "imgfs: 1 entry skipped, named above",
-    ]
-    assert done.out.startswith("imported 21 images")
-
-
-def test_import_into_and_resume(store: Path, photos: Path, run: Run) -> None:
-    assert run("import", photos, store, "--into", "2024/all").code == 0
-    assert run("ls", store, "2024/all").out == "album 0\nalbum 1\nlatest\n"
-    (photos / "album 0" / "new").write_bytes(b"new")
-    done = run("import", photos, store, "--into", "2024/all", "--resume")
-    assert done.out.startswith("imported 1 image (0.0 MB), 0 directories, 1 symbolic link, 20 images there before in")
-
-
-def test_an_interrupt_leaves_whole_images(
-    store: Path, photos: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = 0
-    real = Store.put
-
-    def put(self: Store, *arguments: object, **more: object) -> int:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            signal.raise_signal(signal.SIGINT)
-        return real(self, *arguments, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Store, "put", put)
-    done = run("import", photos, store)
-    assert done.code == cli.EXIT_INTERRUPTED
-    assert done.out == ""
-    assert "import ended early: 5 images (0.0 MB), " in done.err
-    assert done.err.endswith("imgfs: interrupted\n")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert run("check", store).code == 0
-    assert run("export", store, tmp_path / "out").out.startswith("exported 5 images")
-
-
-def test_export_takes_an_empty_directory_unless_forced(filled: Path, tmp_path: Path, run: Run) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine").touch()
-    done = run("export", filled, out)
-    assert done.code == EXIT_FAILURE
-    assert "--force" in done.err
-    assert os.listdir(out) == ["mine"]
-    assert run("export", filled, out, "--force").code == 0
-    assert sorted(os.listdir(out)) == ["album 0", "album 1", "latest", "mine"]
-
-
-def test_export_names_what_is_damaged(filled: Path, tmp_path: Path, run: Run) -> None:
-    place = place_of(filled, "album 0/IMG_0004.jpg", run)
-    flip(volume_file(filled, place["volume"]), place["offset"] + 1000)
-    done = run("export", filled, tmp_path / "out")
-    assert done.code == EXIT_DAMAGED
-    assert "IMG_0004.jpg: volume " in done.err
-    assert done.out.startswith("exported 19 images")
+def test_mkfs_takes_no_file_for_a_directory(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("file", "dangling"):
+        done = run("mkfs", tmp_path / name)
+        assert done.code == EXIT_FAILURE
+        assert done.err == f"imgfs: {tmp_path}/{name} is not a directory; name an empty or a new one\n"
+    assert (tmp_path / "file").read_bytes() == b"mine"
 
 
 # -- ls, stat and info --------------------------------------------------------------------------------------------
@@ -334,6 +284,52 @@ def test_stat_of_links_and_directories(filled: Path, run: Run) -> None:
     assert facts["kind"] == "directory"
     assert "volume" not in facts
     assert json.loads(run("stat", filled, "/", "--json").out)["inode"] == 1
+
+
+def test_links_special_files_and_attributes_are_shown(store: Path, photos: Path, run: Run) -> None:
+    shutil.rmtree(photos)
+    photos.mkdir()
+    (photos / "image").write_bytes(b"1")
+    (photos / "twin").hardlink_to(photos / "image")
+    os.setxattr(photos / "image", "user.comment", b"two\nlines \xff")
+    os.setxattr(photos / "image", "user.long", b"x" * 1000)
+    os.mkfifo(photos / "pipe", 0o640)
+    assert run("import", photos, store).code == 0
+    with Store.open(str(store)) as opened:
+        opened.special(1, b"tape", stat.S_IFCHR | 0o620, os.makedev(9, 300), 0, 0)
+        opened.special(1, b"disk", stat.S_IFBLK | 0o600, os.makedev(259, 1), 0, 0)
+        opened.special(1, b"wire", stat.S_IFSOCK | 0o755, 0, 0, 0)
+    lines = {line.split()[-1]: line for line in run("ls", "-l", store).out.splitlines()}
+    assert lines["disk"].startswith("brw-------   1 ")
+    assert " 259, 1 " in lines["disk"]
+    assert lines["image"].startswith("-rw-r--r--@  2 ")
+    assert lines["twin"].startswith("-rw-r--r--@  2 ")
+    assert lines["pipe"].startswith("prw-r-----   1 ")
+    assert lines["tape"].startswith("crw--w----   1 ")
+    assert " 9, 300 " in lines["tape"]
+    assert lines["wire"].startswith("srwxr-xr-x   1 ")
+
+    facts = {name: json.loads(run("stat", "--json", store, name).out) for name in lines}
+    assert {name: fact["kind"] for name, fact in facts.items()} == {
+        "disk": "block device",
+        "image": "file",
+        "twin": "file",
+        "pipe": "pipe",
+        "tape": "character device",
+        "wire": "socket",
+    }
+    assert facts["tape"]["device"] == {"major": 9, "minor": 300}
+    assert (facts["tape"]["mode"], "device" in facts["pipe"]) == ("0620", False)
+    assert facts["twin"] == facts["image"] | {"path": "twin"}
+    assert facts["image"]["links"] == 2
+    assert facts["image"]["attributes"] == {"user.comment": "two\nlines \udcff", "user.long": "x" * 1000}
+    assert "attributes" not in facts["pipe"]
+
+    shown = run("stat", store, "twin").out
+    assert "links:     2\n" in shown
+    assert "attribute: user.comment: $'two\\nlines \\xff'\n" in shown
+    assert f"attribute: user.long: {'x' * 256}... (1,000 bytes)\n" in shown
+    assert "device:   major 9, minor 300\n" in run("stat", store, "tape").out
 
 
 def test_info(filled: Path, photos: Path, run: Run) -> None:

@@ -5,30 +5,27 @@ IMGFS_SOAK=n tries n times as many random survivors, and crashes in every recove
 
 import os
 from collections.abc import Callable, Iterator
+from random import Random
 
 import pytest
 from crash_model import (
     SETTINGS,
     STORE,
     Clock,
-    Snapshot,
     Workload,
     assert_promised,
-    assert_same,
     content,
     half_written,
-    large_images,
     live_on,
     open_store,
     photo,
-    plain,
-    read_image,
     recovered,
-    small_images,
-    snapshot,
+    without_index,
 )
 from powercut import SimulatedDisk
+from snapshots import Snapshot, assert_same, plain, read_image, snapshot
 from survivors import EVERYTHING, NOTHING_UNSYNCED, STRATEGIES, Survivor, by_path, random_survivor
+from workloads import large_images, names_and_attributes, random_operations, small_images
 
 from imgfs.format import Kind
 from imgfs.settings import Settings
@@ -36,9 +33,12 @@ from imgfs.store import ROOT, make_store
 
 SOAK = int(os.environ.get("IMGFS_SOAK", "0"))
 SEEDS = 2 * (SOAK or 1)
-# Of so many different disks the recovery of one is cut again at every step, and one store lives on.
+# Of so many different disks the recovery of one is cut again at every step, one store lives on, one loses its index.
 RECOVERIES = 5 if SOAK else 101
 LIVES = 1 if SOAK else 11
+REBUILDS = 1 if SOAK else 5
+# What takes long is done in so many parts.
+PARTS = 3
 LARGE = Settings(volume_bytes_max=2 << 20, headroom_bytes=0, checkpoint_needles=3)
 REORDERED = {
     "index without needles": by_path(".vol", NOTHING_UNSYNCED, EVERYTHING),
@@ -106,6 +106,9 @@ class Matrix:
         assert key(disk) == disk_key
         assert_promised(self.work.history, seen, lowest, highest, where)
         self._seen[disk_key] = seen
+        if len(self._seen) % REBUILDS == 0:
+            alone = recovered(without_index(disk.copy()), self.work.settings)
+            assert_same(alone, seen, f"{where}, from the volumes alone")
         if len(self._seen) % RECOVERIES == 0:
             self._cut_recovery(disk, seen, where, durable, highest)
         if live or len(self._seen) % LIVES == 0:
@@ -140,9 +143,9 @@ class Matrix:
                 live_on(killed, seen, self.clock, self.work.settings)
 
 
-def cut_power(work: Workload, clock: Clock, seeds: int) -> int:
+def cut_power(work: Workload, clock: Clock, seeds: int, part: int = 0, parts: int = 1) -> int:
     matrix = Matrix(work, clock)
-    for cut in work.cuts:
+    for cut in work.cuts[len(work.cuts) * part // parts : len(work.cuts) * (part + 1) // parts]:
         for name, survivor in survivors(seeds, cut.step):
             disk = cut.disk.after_power_cut(survivor)
             matrix.check(disk, cut.synced, cut.acknowledged + 1, f"{cut}, {name}")
@@ -164,12 +167,36 @@ def kill(work: Workload, clock: Clock) -> None:
             matrix.check(disk, cut.acknowledged, cut.acknowledged + 1, where, durable=cut.synced, live=live)
 
 
-def test_power_cut_before_every_step(clock: Clock) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_power_cut_before_every_step(part: int, clock: Clock) -> None:
     work = run(clock, small_images)
     volumes = [path for path in work.disk.paths() if path.endswith(".vol")]
     assert len(volumes) >= 3, "the workload should seal volumes and begin new ones"
-    disks = cut_power(work, clock, SEEDS)
-    assert disks > 3 * len(work.cuts), "the survivors should differ"
+    disks = cut_power(work, clock, SEEDS, part, PARTS)
+    assert disks > len(work.cuts), "the survivors should differ"
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_power_cut_before_every_step_with_names_and_attributes(part: int, clock: Clock) -> None:
+    """Further names, swapped names, special files, attributes: an exchange or a first close is whole or was not."""
+    work = run(clock, names_and_attributes)
+    assert len([path for path in work.disk.paths() if path.endswith(".vol")]) >= 2
+    assert cut_power(work, clock, SEEDS, part, PARTS) > len(work.cuts)
+
+
+def run_random(clock: Clock, seed: int) -> Workload:
+    small = Settings(volume_bytes_max=64 << 10, headroom_bytes=0, checkpoint_needles=8, rest_slots=seed % 3)
+    return run(clock, lambda work: random_operations(work, Random(seed), 25), small)
+
+
+@pytest.mark.parametrize("seed", range(SOAK or 3))
+def test_power_cut_within_random_operations(seed: int, clock: Clock) -> None:
+    assert cut_power(run_random(clock, seed), clock, SOAK) > 100
+
+
+@pytest.mark.parametrize("seed", range(SOAK or 2))
+def test_kill_within_random_operations(seed: int, clock: Clock) -> None:
+    kill(run_random(clock, 100 + seed), clock)
 
 
 def test_power_cut_before_every_step_with_large_images(clock: Clock) -> None:
@@ -179,6 +206,10 @@ def test_power_cut_before_every_step_with_large_images(clock: Clock) -> None:
 
 def test_kill_before_every_step(clock: Clock) -> None:
     kill(run(clock, small_images), clock)
+
+
+def test_kill_before_every_step_with_names_and_attributes(clock: Clock) -> None:
+    kill(run(clock, names_and_attributes), clock)
 
 
 def test_kill_before_every_step_with_large_images(clock: Clock) -> None:

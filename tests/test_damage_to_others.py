@@ -6,27 +6,17 @@ Each time no other image is lost, and no bytes are taken for what they are not.
 from collections.abc import Iterator
 
 import pytest
-from crash_model import (
-    VOLUMES,
-    Clock,
-    Workload,
-    open_store,
-    photo,
-    snapshot,
-)
-from damage_model import (
-    LOST,
-    Sample,
-    check_one_lost,
-    closed_store,
-    killed_store,
-    sample_of,
-    without_index,
-)
+from crash_model import VOLUMES, Clock, Workload, open_store, photo, recovered, without_index
+from damage_model import LOST, SOAK, Sample, check_one_lost, closed_store, killed_store, random_store, sample_of
+from powercut import SimulatedDisk
+from snapshots import assert_same, snapshot
 
 from imgfs.format import NEEDLES_START, PUT_KINDS, Kind, slot_of
 from imgfs.settings import Settings
 from imgfs.store import ROOT
+
+SEEDS = 10 if SOAK else 2
+LOST_PATH = b"/" + LOST
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +189,175 @@ def test_needles_at_their_offset_in_another_volume(clock: Clock) -> None:
     disk = without_index(sample.disk.copy())
     disk.flip(evil.path, evil.offset)
     check_one_lost(sample, disk, evil, "needles of another volume")
+
+
+@pytest.mark.parametrize("ending", ["closed", "killed"])
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_any_needle_of_a_random_store(clock: Clock, seed: int, ending: str) -> None:
+    """Links, exchanges, special files, attributes, slots used again: whatever is lost, the rest is what it was."""
+    sample = random_store(clock, seed, closed=ending == "closed")
+    for at in sample.below_mark():
+        disk = without_index(sample.disk.copy())
+        disk.flip(at.path, at.offset + 5)
+        check_one_lost(sample, disk, at, f"{Kind(at.needle.kind).name} {at.needle.name!r} at {at.offset}")
+
+
+def finished(work: Workload, ending: str) -> Sample:
+    """Return the store of *work*: closed, or killed when all was durable and none of it in a checkpoint."""
+    work.sync()
+    work.create(b"/mark", b"its header says that all before it is durable")
+    if ending == "closed":
+        work.close()
+    return sample_of(work)
+
+
+def lose(sample: Sample, kind: Kind, number: int = 0, *, inode: int = 0) -> SimulatedDisk:
+    """Damage needle *number* of that *kind* (about *inode*), check what is left of all else, and return the disk."""
+    found = [at for at in sample.needles if at.needle.kind == kind and inode in (0, at.needle.inode)]
+    disk = without_index(sample.disk.copy())
+    disk.flip(found[number].path, found[number].offset + 5)
+    check_one_lost(sample, disk.copy(), found[number], kind.name)
+    return disk
+
+
+ENDINGS = pytest.mark.parametrize("ending", ["closed", "killed"])
+REUSING = Settings(volume_bytes_max=1 << 20, headroom_bytes=0, rest_slots=0)
+
+
+@ENDINGS
+def test_what_lost_its_last_name_is_found(clock: Clock, ending: str) -> None:
+    work = Workload(clock, REUSING)
+    work.create(b"/own", b"bytes")
+    work.link(b"/own", b"/link")
+    work.unlink(b"/own")
+    sample = finished(work, ending)
+    inode = sample.wanted[b"/link"].inode
+    with open_store(lose(sample, Kind.LINK)) as store:
+        seen = snapshot(store)
+    assert seen[LOST_PATH + b"%d" % inode].data == b"bytes"
+    assert b"/link" not in seen
+    with open_store(lose(sample, Kind.DELETE)) as store:
+        seen = snapshot(store)
+    assert [seen[path].inode for path in (b"/own", b"/link")] == [inode] * 2
+
+
+@ENDINGS
+def test_a_link_whose_target_is_lost_never_names_another(clock: Clock, ending: str) -> None:
+    """... not even when the number of the target is given to a new image, which is not told of the lost one."""
+    work = Workload(clock, REUSING)
+    work.create(b"/a", b"lost", attributes=((b"security.capability", b"of the lost"),))
+    work.link(b"/a", b"/link")
+    sample = finished(work, ending)
+    disk = lose(sample, Kind.FILE)
+    with open_store(disk, REUSING) as store:
+        assert snapshot(store).keys() == {b"", b"/mark"}
+        inode = store.put(ROOT, b"new", b"new", 3, mode=0o600, uid=1, gid=1, mtime_ns=1)
+        assert inode == sample.wanted[b"/a"].inode, "the test should give the same number again"
+    for again in (disk, without_index(disk.copy())):
+        with open_store(again, writable=False) as store:
+            seen = snapshot(store)
+            assert seen.keys() == {b"", b"/mark", b"/new"}
+            assert (seen[b"/new"].nlink, seen[b"/new"].attributes) == (1, ())
+
+
+@ENDINGS
+def test_links_and_attributes_outlive_the_needle_before_the_last(clock: Clock, ending: str) -> None:
+    """An image was put twice; the first needle is lost, and what was said of the image between the two counts."""
+    work = Workload(clock, REUSING)
+    work.create(b"/a", b"first")
+    work.link(b"/a", b"/link")
+    work.set_xattr(b"/a", b"user.a", b"between")
+    if ending == "closed":
+        work.sync()
+        work.close()
+        work.open()
+    work.overwrite(b"/a", b"second")
+    sample = finished(work, ending)
+    with open_store(lose(sample, Kind.FILE)) as store:
+        seen = snapshot(store)
+    assert seen[b"/a"] == seen[b"/link"]
+    assert (seen[b"/a"].data, seen[b"/a"].attributes) == (b"second", ((b"user.a", b"between"),))
+
+
+@ENDINGS
+@pytest.mark.parametrize("number", [0, 1])
+def test_half_an_exchange(clock: Clock, ending: str, number: int) -> None:
+    """Of two directories that swapped their names one is where it should be, the other is found with all in it."""
+    work = Workload(clock, REUSING)
+    for name in (b"/x", b"/y"):
+        work.mkdir(name)
+        work.create(name + b"/in", name)
+    work.exchange(b"/x", b"/y")
+    sample = finished(work, ending)
+    with open_store(lose(sample, Kind.RENAME, number)) as store:
+        seen = snapshot(store)
+    lost = sample.wanted[b"/y" if number == 0 else b"/x"].inode
+    right = b"/x" if number == 0 else b"/y"
+    assert seen[right + b"/in"].data == sample.wanted[right + b"/in"].data
+    assert seen[LOST_PATH + b"%d/in" % lost].data in (b"/x", b"/y")
+
+
+@ENDINGS
+def test_directories_that_would_lie_in_one_another(clock: Clock, ending: str) -> None:
+    """Of two directories each went into the other, one after the other; the rename between the two is lost."""
+    work = Workload(clock, REUSING)
+    work.mkdir(b"/x")
+    work.mkdir(b"/y")
+    work.create(b"/x/in x", b"1")
+    work.create(b"/y/in y", b"2")
+    work.rename(b"/x", b"/y/x")
+    work.rename(b"/y/x", b"/x")
+    work.rename(b"/y", b"/x/y")
+    sample = finished(work, ending)
+    inode = sample.wanted[b"/x"].inode
+    with open_store(lose(sample, Kind.RENAME, 1)) as store:
+        seen = snapshot(store)
+    assert seen[LOST_PATH + b"%d/y/in y" % inode].data == b"2"
+    assert seen[LOST_PATH + b"%d/in x" % inode].data == b"1"
+
+
+@ENDINGS
+def test_an_image_in_a_slot_that_is_another_directory_by_now(clock: Clock, ending: str) -> None:
+    """It is listed there, for the needle that took it out of the directory before is lost."""
+    work = Workload(clock, REUSING)
+    work.mkdir(b"/d")
+    work.create(b"/d/a", b"moved")
+    work.rename(b"/d/a", b"/a")
+    work.rmdir(b"/d")
+    work.mkdir(b"/x")
+    sample = finished(work, ending)
+    with open_store(lose(sample, Kind.RENAME)) as store:
+        assert b"moved" in [node.data for node in snapshot(store).values()]
+
+
+def test_attributes_do_not_come_back_with_the_number(clock: Clock) -> None:
+    """A slot used 256 times gives the same inode again; what its first image had is not the last one's."""
+    work = Workload(clock, REUSING)
+    inodes = set()
+    for number in range(257):
+        work.create(b"/a", b"", attributes=((b"security.capability", b"of the first"),) if not number else ())
+        inodes.add(work.store.resolve(b"/a"))
+        if number < 256:
+            work.unlink(b"/a")
+    assert len(inodes) == 256
+    for disk in (work.disk.after_kill(), without_index(work.disk.after_kill())):
+        assert_same(recovered(disk, REUSING), work.history[-1], "killed")
+    work.close()
+    for disk in (work.disk, without_index(work.disk.copy())):
+        assert_same(recovered(disk, REUSING), work.history[-1], "closed")
+
+
+def test_a_name_is_not_given_to_what_had_the_slot_before(clock: Clock) -> None:
+    """Two needles are lost: that an image was deleted, and the next one in its slot; the latter was renamed."""
+    work = Workload(clock, REUSING)
+    work.create(b"/secret", b"secret")
+    work.unlink(b"/secret")
+    work.create(b"/tmp", b"public")
+    work.rename(b"/tmp", b"/public")
+    sample = finished(work, "closed")
+    disk = without_index(sample.disk.copy())
+    for at in sample.needles:
+        if at.needle.kind == Kind.DELETE or at.needle.name == b"tmp":
+            disk.flip(at.path, at.offset + 5)
+    with open_store(disk) as store:
+        assert b"/public" not in snapshot(store)

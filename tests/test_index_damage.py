@@ -8,23 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
-from crash_model import (
-    STORE,
-    VOLUMES,
-    Clock,
-    Snapshot,
-    Workload,
-    assert_same,
-    check_log,
-    live_on,
-    open_store,
-    photo,
-    plain,
-    recovered,
-    small_images,
-    snapshot,
-)
+from crash_model import STORE, VOLUMES, Clock, Workload, check_log, live_on, open_store, photo, recovered
 from powercut import SimulatedDisk
+from snapshots import Snapshot, assert_same, plain, snapshot
+from workloads import small_images
 
 from imgfs.format import INDEX_RECORD_BYTES, NEEDLES_START, VOLUME_HEADER_COPIES, unpack_volume_header
 

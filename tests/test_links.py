@@ -208,3 +208,13 @@ def test_pipes_sockets_and_devices(store: Store, again: Again) -> None:
     assert {(row.size, row.blocks, row.uid, row.gid) for row in attr.values()} == {(0, 0, 5, 6)}
     assert attr[b"pipe"].nlink == 2
     assert store.counts().images == 4
+
+
+def test_a_swap_that_is_refused_publishes_nothing(store: Store) -> None:
+    directory = store.mkdir(ROOT, b"d", 0o755, 0, 0)
+    inode, handle = store.create_image(directory, b"unborn", 0o644, 0, 0, creator=77)
+    store.write(handle, 0, b"half")
+    with pytest.raises(InvalidArgument):
+        store.exchange(directory, b"unborn", ROOT, b"d")
+    assert store.creator(inode) == 77
+    assert names(killed(store), directory) == set()

@@ -8,6 +8,9 @@ import click
 
 from imgfs.cli import COMMANDS, EXIT_BROKEN_PIPE, EXIT_BUG, EXIT_INTERRUPTED, imgfs
 from imgfs.errors import EXIT_CODES
+from imgfs.mount import READER_TIMEOUT_S, TIMEOUT_S
+from imgfs.options import _FLAGS, _VALUES, MountOptions, parse
+from imgfs.settings import Settings
 
 PAGE = Path(__file__).parent.parent / "docs" / "imgfs.1"
 
@@ -48,6 +51,35 @@ def test_every_option_is_explained_under_its_command() -> None:
         assert command is not None
         source = re.split(r"^\.Sh ", sections("Ss")[f"imgfs {name}"], flags=re.MULTILINE)[0]
         assert documented_options(source) == options(command), name
+
+
+def mount_options() -> dict[str, str]:
+    """Return what the page says of each option of `-o`, by the name of the option."""
+    inner = sections("Ss")["imgfs mount"].split(".It Fl o")[1].split(".El")[0]
+    parts = re.split(r"^\.It Cm (.*)$", inner, flags=re.MULTILINE)[1:]
+    found = {}
+    for head, text in zip(parts[::2], parts[1::2], strict=True):
+        for item in head.split(" , ") if " Ns = " not in head else [head.split(" Ns = ")[0]]:
+            found[item] = text
+    return found
+
+
+def test_every_mount_option_is_explained() -> None:
+    explained = set(mount_options())
+    assert explained >= {*_FLAGS, *_VALUES}
+    for name in explained - set(_VALUES):
+        parse([name])
+
+
+def test_the_defaults_of_mount_options_are_told() -> None:
+    texts, defaults = mount_options(), MountOptions()
+    assert f"; {TIMEOUT_S:.0f} (a day) unless given, {READER_TIMEOUT_S:.0f} for" in texts["timeout"]
+    assert f"; {Settings().sync_interval_s:.0f} unless given" in texts["sync_interval"]
+    assert f"; {defaults.read_ahead_kib} unless given" in texts["read_ahead"]
+    assert "refuse them, which is the default" in texts["noxattr"]
+    assert not defaults.xattrs
+    assert "created, which is the default" in texts["publish"]
+    assert not defaults.publish_at_close
 
 
 def test_the_options_of_imgfs_itself_are_explained() -> None:

@@ -22,6 +22,17 @@ def test_every_option_of_our_own() -> None:
     )
 
 
+def test_extended_attributes_the_later_one_counts() -> None:
+    assert parse(["xattr"]).xattrs
+    assert not parse(["xattr,noxattr"]).xattrs
+    assert parse(["noxattr", "xattr"]).xattrs
+
+
+def test_when_an_image_is_published() -> None:
+    assert parse(["publish=close"]).publish_at_close
+    assert not parse(["publish=close,publish=create"]).publish_at_close
+
+
 def test_a_line_of_fstab() -> None:
     line = "rw,noauto,user,user=alice,_netdev,nofail,noatime,relatime,x-systemd.automount,X-mount.mkdir,comment=a b"
     assert parse([line]) == MountOptions()
@@ -65,6 +76,10 @@ def test_ro_and_rw_the_later_one_counts() -> None:
         ("timeout=nan", "mount option 'timeout=nan' needs a number from 0 on"),
         ("timeout=inf", "mount option 'timeout=inf' needs a number from 0 on"),
         ("sync_interval=0", "mount option 'sync_interval=0' needs a number from 0.1 on"),
+        ("publish", "mount option 'publish' needs a value, as in publish=..."),
+        ("publish=later", "mount option 'publish=later': publish is create or close"),
+        ("xattr=1", "mount option 'xattr=1' takes no value"),
+        ("xatr", "unknown mount option 'xatr'; did you mean xattr?"),
         ("ro=1", "mount option 'ro=1' takes no value"),
         ("noexec=yes", "mount option 'noexec=yes' takes no value"),
     ],

@@ -14,32 +14,48 @@ import click
 
 from imgfs.cli.opening import open_store
 from imgfs.cli.progress import Progress, rate
-from imgfs.cli.text import complain, counted, echo, one_line
-from imgfs.errors import EXIT_DAMAGED, EXIT_FAILURE, NotEmpty
+from imgfs.cli.text import complain, counted, echo, not_empty, one_line, path_argument
+from imgfs.errors import EXIT_DAMAGED, EXIT_FAILURE, InvalidArgument, NotEmpty
 from imgfs.export_tree import export_tree
 from imgfs.import_tree import import_tree, measure_tree
+from imgfs.mountpoint import FILESYSTEM_TYPE, mounts
 from imgfs.transfer import Tally, Totals
+
+
+def _inside(text: str) -> str:
+    if ".." in text.split("/"):
+        raise click.BadParameter(f"'{text}' leads out of the store; paths there start at its top")
+    return text
+
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress and no summary, only what failed.")
 
 
 @click.command("import")
-@click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False))
-@click.argument("store_path", metavar="STORE")
-@click.option("--into", metavar="PATH", default="", help="The directory of the store to copy into; made if missing.")
+@click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False), callback=not_empty)
+@path_argument("store_path", "STORE")
+@click.option(
+    "--into",
+    metavar="PATH",
+    callback=not_empty,
+    type=_inside,
+    help="The directory of the store to copy into; made if missing.",
+)
 @click.option("--resume", is_flag=True, help="Leave out images that are there with the same size and time.")
 @quiet_option
-def import_command(directory: str, store_path: str, into: str, resume: bool, quiet: bool) -> None:
-    """Copy what is in DIR into STORE: directories, files and symbolic links, as `cp -a DIR/. STORE/` would.
+def import_command(directory: str, store_path: str, into: str | None, resume: bool, quiet: bool) -> None:
+    """Copy what is in DIR into STORE: all kinds of files, with their hard links, as `cp -a DIR/. STORE/` would.
 
-    Modes, times to the nanosecond and, for root, owners are kept. An image of the same name is replaced. The store
-    must not be mounted; into a mounted one, copy with `cp -a`. After Ctrl-C all that was imported is whole.
+    Modes, times to the nanosecond, extended attributes and, for root, owners are kept. An image of the same name is
+    replaced. The store must not be mounted; into a mounted one, copy with `cp -a`. After Ctrl-C all that was
+    imported is whole.
 
     \b
     Example:
       imgfs import ~/Pictures /srv/photos.imgfs --into 2024
     """
     source = os.fsencode(directory)
+    _check_no_mount_of(store_path, directory)
     with open_store(store_path, writable=True) as store, _deferred_interrupt() as interrupt:
         totals = Totals(0, 0)
         with Progress("counting", sys.stderr, quiet=quiet) as progress:
@@ -48,20 +64,20 @@ def import_command(directory: str, store_path: str, into: str, resume: bool, qui
                 interrupt.check()
         copy = _Copy("import", totals, interrupt, quiet=quiet)
         with copy.watched("in the store"):
-            import_tree(store, source, copy, into=os.fsencode(into), resume=resume)
+            import_tree(store, source, copy, into=os.fsencode(into or ""), resume=resume)
     copy.finish()
 
 
 @click.command("export")
-@click.argument("store_path", metavar="STORE")
-@click.argument("directory", metavar="DIR", type=click.Path(file_okay=False))
+@path_argument("store_path", "STORE")
+@click.argument("directory", metavar="DIR", type=click.Path(file_okay=False), callback=not_empty)
 @click.option("--force", is_flag=True, help="Export into a DIR that is not empty; files of the same name are replaced.")
 @quiet_option
 def export_command(store_path: str, directory: str, force: bool, quiet: bool) -> None:
     """Copy all of STORE into DIR, which is made if it is missing.
 
-    Modes, times and, for root, owners come out as they went in. A damaged image is left out and named, and the exit
-    code is 3; the rest is exported. The store may be mounted meanwhile.
+    Hard links, modes, times, extended attributes and, for root, owners come out as they went in. A damaged image is
+    left out and named, and the exit code is 3; the rest is exported. The store may be mounted meanwhile.
 
     \b
     Example:
@@ -75,6 +91,18 @@ def export_command(store_path: str, directory: str, force: bool, quiet: bool) ->
         with copy.watched(f"in {directory}"):
             export_tree(store, os.fsencode(directory), copy)
     copy.finish()
+
+
+def _check_no_mount_of(store_path: str, directory: str) -> None:
+    """Make sure that *directory* shows none of what is in the store: it would be copied over itself."""
+    device = os.stat(directory).st_dev
+    shown = {mount.source for mount in mounts() if mount.type == FILESYSTEM_TYPE and mount.device == _device(device)}
+    if os.path.realpath(store_path) in map(os.path.realpath, shown):
+        raise InvalidArgument(f"{directory} lies in a mount of {store_path}, which cannot be imported into itself")
+
+
+def _device(number: int) -> str:
+    return f"{os.major(number)}:{os.minor(number)}"
 
 
 class _Interrupt:
@@ -135,16 +163,22 @@ class _Copy:
     def skipped(self, path: bytes, reason: str) -> None:
         self._progress.message(f"imgfs: skipped {one_line(os.fsdecode(path))}: {reason}")
 
+    def incomplete(self, path: bytes, reason: str) -> None:
+        self._progress.message(f"imgfs: incomplete {one_line(os.fsdecode(path))}: {reason}")
+
     def finish(self) -> None:
         """Print the summary, and end the command with the exit code that belongs to it."""
         tally = self._tally
         if not self._quiet:
-            if tally.hard_links:
-                complain(f"{counted(tally.hard_links, 'file')} had further names (hard links): each name is an image")
+            if tally.separated:
+                complain(f"{counted(tally.separated, 'further name')} (hard links) could only become copies")
             speed = rate(tally.images, "image", tally.data_bytes, self._seconds)
             echo(f"{self._verb}ed {self._what()} in {self._seconds:,.1f} s: {speed}")
         if tally.skipped:
             complain(f"{counted(tally.skipped, 'entry')} skipped, named above")
+        if tally.incomplete:
+            complain(f"{counted(tally.incomplete, 'entry')} copied without some extended attributes")
+        if tally.skipped or tally.incomplete:
             raise click.exceptions.Exit(EXIT_DAMAGED if tally.damaged else EXIT_FAILURE)
 
     def _what(self) -> str:
@@ -153,6 +187,10 @@ class _Copy:
         parts.append(counted(tally.directories, "directory"))
         if tally.symlinks:
             parts.append(counted(tally.symlinks, "symbolic link"))
+        if tally.special_files:
+            parts.append(counted(tally.special_files, "special file"))
+        if tally.hard_links:
+            parts.append(counted(tally.hard_links, "hard link"))
         if tally.resumed:
             parts.append(f"{counted(tally.resumed, 'image')} there before")
         return ", ".join(parts)

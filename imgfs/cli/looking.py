@@ -9,14 +9,24 @@ import os
 import pwd
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from itertools import chain, islice
 
 import click
 
 from imgfs.cli.opening import open_store
-from imgfs.cli.text import binary_size, counted, echo, is_terminal, local_time, name_for
+from imgfs.cli.text import (
+    binary_size,
+    counted,
+    echo,
+    escape,
+    is_terminal,
+    local_time,
+    name_for,
+    not_empty,
+    path_argument,
+)
 from imgfs.errors import InvalidArgument, NameTooLong, NotADirectory, NotFound
 from imgfs.format import FORMAT_VERSION, IMAGE_BYTES_MAX, NAME_BYTES_MAX, Kind
 from imgfs.mountpoint import mounts
@@ -26,26 +36,29 @@ from imgfs.store import Attr, Entry, Store
 
 # A directory of more entries than this is listed in the order of the store: sorting needs all names in memory.
 _SORTED_MAX = 100_000
+# Of an extended attribute, people are shown so much; JSON has all of it.
+_VALUE_SHOWN_BYTES = 256
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 @click.command("ls")
-@click.argument("store_path", metavar="STORE")
-@click.argument("path", metavar="[PATH]", default="")
+@path_argument("store_path", "STORE")
+@click.argument("path", metavar="[PATH]", required=False, callback=not_empty)
 @click.option("-l", "long", is_flag=True, help="Show mode, links, owner, group, size and time too.")
 @click.option("-R", "recursive", is_flag=True, help="List what is in directories below, too.")
-def ls_command(store_path: str, path: str, long: bool, recursive: bool) -> None:
+def ls_command(store_path: str, path: str | None, long: bool, recursive: bool) -> None:
     """List what is in STORE, or in the directory PATH of it; paths start at the top of the store.
 
-    Names are sorted by their bytes; a directory of more than 100,000 entries comes in the order of the store.
+    Names are sorted by their bytes; a directory of more than 100,000 entries comes in the order of the store. With
+    -l, an @ behind the mode marks what has extended attributes; a device shows its two numbers in place of a size.
 
     \b
     Example:
       imgfs ls -l /srv/photos.imgfs 2024/06
     """
     with open_store(store_path) as store:
-        wanted = os.fsencode(path)
+        wanted = os.fsencode(path or "")
         attr = store.attr(resolve(store, wanted))
         listing = _Listing(store, long=long, terminal=is_terminal())
         if attr.kind == Kind.DIRECTORY:
@@ -55,11 +68,11 @@ def ls_command(store_path: str, path: str, long: bool, recursive: bool) -> None:
 
 
 @click.command("stat")
-@click.argument("store_path", metavar="STORE")
-@click.argument("path", metavar="PATH")
+@path_argument("store_path", "STORE")
+@path_argument("path", "PATH")
 @json_option
 def stat_command(store_path: str, path: str, as_json: bool) -> None:
-    """Show what STORE knows of PATH: its attributes, and the volume, offset, size and checksum of its data.
+    """Show what STORE knows of PATH: all its attributes, and the volume, offset, size and checksum of its data.
 
     \b
     Example:
@@ -71,13 +84,15 @@ def stat_command(store_path: str, path: str, as_json: bool) -> None:
         attr = store.attr(inode)
         target = store.readlink(inode) if attr.kind == Kind.SYMLINK else None
         place = store.locate(inode) if attr.kind == Kind.FILE else None
+        attributes = {name: store.get_xattr(inode, name) for name in store.list_xattrs(inode)}
+    mode, kind, device = stat.S_IMODE(attr.mode), _kind(attr), _device(attr)
     if as_json:
         facts: dict[str, object] = {
             "path": path,
-            "kind": attr.kind.name.lower(),
+            "kind": kind,
             "inode": attr.inode,
             "generation": attr.inode >> 32,
-            "mode": f"{attr.mode:04o}",
+            "mode": f"{mode:04o}",
             "uid": attr.uid,
             "gid": attr.gid,
             "links": attr.nlink,
@@ -87,6 +102,10 @@ def stat_command(store_path: str, path: str, as_json: bool) -> None:
         }
         if target is not None:
             facts["target"] = os.fsdecode(target)
+        if device is not None:
+            facts["device"] = {"major": device[0], "minor": device[1]}
+        if attributes:
+            facts["attributes"] = {os.fsdecode(name): os.fsdecode(value) for name, value in attributes.items()}
         if place is not None:
             facts |= {"volume": place.volume, "offset": place.offset, "data_offset": place.data_offset}
             facts["checksum"] = f"{place.checksum:08x}"
@@ -94,9 +113,10 @@ def stat_command(store_path: str, path: str, as_json: bool) -> None:
         return
     rows = {
         "path": name_for(wanted, terminal=is_terminal()),
-        "kind": attr.kind.name.lower(),
+        "kind": kind,
         "inode": f"{attr.inode}, generation {attr.inode >> 32}",
-        "mode": f"{attr.mode:04o} ({_mode_text(attr)})",
+        "links": f"{attr.nlink:,}",
+        "mode": f"{mode:04o} ({_mode_text(attr)})",
         "owner": f"{attr.uid} ({_user(attr.uid)})",
         "group": f"{attr.gid} ({_group(attr.gid)})",
         "size": f"{attr.size:,} bytes",
@@ -105,17 +125,20 @@ def stat_command(store_path: str, path: str, as_json: bool) -> None:
     }
     if target is not None:
         rows["target"] = name_for(target, terminal=is_terminal())
+    if device is not None:
+        rows["device"] = f"major {device[0]}, minor {device[1]}"
     if place is not None:
         rows |= {
             "volume": str(place.volume),
             "offset": str(place.offset),
             "checksum": f"{place.checksum:08x} (CRC-32C)",
         }
-    print_rows(rows)
+    set_by_people = [("attribute", f"{escape(os.fsdecode(name))}: {_shown(attributes[name])}") for name in attributes]
+    print_rows([*rows.items(), *set_by_people])
 
 
 @click.command("info")
-@click.argument("store_path", metavar="STORE")
+@path_argument("store_path", "STORE")
 @json_option
 def info_command(store_path: str, as_json: bool) -> None:
     """Show how much STORE holds, how much of its volumes is dead, its limits, and whether it is mounted.
@@ -174,7 +197,7 @@ def info_command(store_path: str, as_json: bool) -> None:
         "limits": f"{counted(space.images_max, 'entry')}; images up to 4 GiB - 1; names up to {NAME_BYTES_MAX} bytes",
         "state": _state(pid, mountpoints, report),
     }
-    print_rows(rows)
+    print_rows(rows.items())
 
 
 def _state(pid: int | None, mountpoints: list[str], report: RecoveryReport) -> str:
@@ -204,10 +227,10 @@ def resolve(store: Store, path: bytes) -> int:
         raise NotFound(text) from None
 
 
-def print_rows(rows: Mapping[str, str]) -> None:
+def print_rows(rows: Collection[tuple[str, str]]) -> None:
     """Print names and values below each other."""
-    width = max(map(len, rows)) + 1
-    for name, value in rows.items():
+    width = max(len(name) for name, _ in rows) + 1
+    for name, value in rows:
         echo(f"{name + ':':{width}} {value}")
 
 
@@ -244,9 +267,11 @@ class _Listing:
             return
         if attr.kind == Kind.SYMLINK:
             shown += " -> " + name_for(self._store.readlink(attr.inode), terminal=self._terminal)
-        owner, group = _user(attr.uid), _group(attr.gid)
-        time = local_time(attr.mtime_ns)
-        echo(f"{_mode_text(attr)} {attr.nlink:>3} {owner:<8} {group:<8} {attr.size:>12} {time} {shown}")
+        mark = "@" if self._store.has_xattrs(attr.inode) else " "
+        device = _device(attr)
+        size = f"{attr.size}" if device is None else f"{device[0]}, {device[1]}"
+        owner, group, time = _user(attr.uid), _group(attr.gid), local_time(attr.mtime_ns)
+        echo(f"{_mode_text(attr)}{mark}{attr.nlink:>3} {owner:<8} {group:<8} {size:>12} {time} {shown}")
 
     def _entries(self, inode: int) -> Iterator[Entry]:
         entries = self._store.list(inode)
@@ -256,11 +281,38 @@ class _Listing:
         return iter(sorted(first, key=lambda entry: entry.name))
 
 
-_TYPES = {Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK}
+_TYPES = {Kind.FILE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK}
+_SPECIAL = {
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+}
+
+
+def _kind(attr: Attr) -> str:
+    """Return what it is, in words."""
+    if attr.kind == Kind.SPECIAL:
+        return _SPECIAL.get(stat.S_IFMT(attr.mode), "special")
+    return attr.kind.name.lower()
+
+
+def _device(attr: Attr) -> tuple[int, int] | None:
+    """Return the two numbers of a device, None if it is none."""
+    if attr.kind == Kind.SPECIAL and stat.S_IFMT(attr.mode) in (stat.S_IFCHR, stat.S_IFBLK):
+        return os.major(attr.device), os.minor(attr.device)
+    return None
 
 
 def _mode_text(attr: Attr) -> str:
-    return stat.filemode(_TYPES.get(attr.kind, stat.S_IFREG) | attr.mode)
+    # The mode of a special file says its type itself.
+    return stat.filemode(_TYPES.get(attr.kind, 0) | attr.mode)
+
+
+def _shown(value: bytes) -> str:
+    """Return the value of an extended attribute on one line, cut if it is long."""
+    shown = escape(os.fsdecode(value[:_VALUE_SHOWN_BYTES]))
+    return shown if len(value) <= _VALUE_SHOWN_BYTES else f"{shown}... ({len(value):,} bytes)"
 
 
 @lru_cache(maxsize=256)

@@ -5,15 +5,15 @@ Owns their options. Must not know how a mount works.
 
 import click
 
-from imgfs.cli.text import echo
+from imgfs.cli.text import echo, path_argument
 from imgfs.handover import ask
 from imgfs.mountpoint import unmount
 from imgfs.options import parse
 
 
 @click.command("mount")
-@click.argument("store_path", metavar="STORE")
-@click.argument("mountpoint", metavar="MOUNTPOINT")
+@path_argument("store_path", "STORE")
+@path_argument("mountpoint", "MOUNTPOINT")
 @click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options as in fstab, separated by commas.")
 @click.option("--daemon", is_flag=True, help="Return when the store is mounted, and serve it in the background.")
 @click.option("--read-only", is_flag=True, help="Refuse every change; the same as -o ro.")
@@ -38,7 +38,7 @@ def mount_command(
 
 
 @click.command("umount")
-@click.argument("mountpoint", metavar="MOUNTPOINT")
+@path_argument("mountpoint", "MOUNTPOINT")
 @click.option("--lazy", is_flag=True, help="Take it away at once; what is open there stays usable until it is closed.")
 def umount_command(mountpoint: str, lazy: bool) -> None:
     """Unmount the store at MOUNTPOINT, when all of it is on the disk; a dead mountpoint is cleared.

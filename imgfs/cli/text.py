@@ -7,8 +7,13 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _BINARY_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -25,6 +30,22 @@ def parse_size(text: str) -> int:
     if match is None:
         raise click.BadParameter(f"'{text}' is no size; write it like 65536, 64K, 512M or 1G")
     return int(match[1]) * _FACTORS[match[2].upper()]
+
+
+def path_argument(name: str, metavar: str) -> Callable[[F], F]:
+    """Return a decorator that adds the argument *metavar*, a path, to a command: the parameter *name*."""
+    return click.argument(name, metavar=metavar, callback=not_empty)
+
+
+def not_empty(context: click.Context, parameter: click.Parameter, value: T) -> T:
+    """Return *value*, what a command line has for a path.
+
+    Raises:
+        click.BadParameter: it is empty, as that of a variable that is not set; nobody means the top by that.
+    """
+    if value == "":
+        raise click.BadParameter("the path is empty", context, parameter)
+    return value
 
 
 def escape(text: str) -> str:

@@ -14,17 +14,27 @@ from imgfs.check import Checked
 from imgfs.cli.copying import quiet_option
 from imgfs.cli.opening import damage_line
 from imgfs.cli.progress import Progress, rate
-from imgfs.cli.text import binary_size, complain, counted, echo, parse_size
-from imgfs.errors import EXIT_DAMAGED, EXIT_REPAIRED, Busy, DiskFailure
+from imgfs.cli.text import binary_size, complain, counted, echo, parse_size, path_argument
+from imgfs.errors import EXIT_DAMAGED, EXIT_REPAIRED, Busy, DiskFailure, InvalidArgument
+from imgfs.mountpoint import FILESYSTEM_TYPE, canonical, find
+from imgfs.opening import VOLUME_BYTES_MAX, VOLUME_BYTES_MIN
 from imgfs.rebuild import remove_index
 from imgfs.recover import Damage
 from imgfs.settings import Settings
 from imgfs.store import Store, make_store
 
 
+def _volume_size(text: str) -> int:
+    size = parse_size(text)
+    if not VOLUME_BYTES_MIN <= size <= VOLUME_BYTES_MAX:
+        limits = f"{binary_size(VOLUME_BYTES_MIN)} to {binary_size(VOLUME_BYTES_MAX)}"
+        raise click.BadParameter(f"'{text}' is out of range: a volume has {limits}")
+    return size
+
+
 @click.command("mkfs")
-@click.argument("store_path", metavar="STORE")
-@click.option("--volume-size", metavar="SIZE", type=parse_size, help="Seal a volume before it grows past this. [1G]")
+@path_argument("store_path", "STORE")
+@click.option("--volume-size", metavar="SIZE", type=_volume_size, help="Seal a volume before it grows past this. [1G]")
 def mkfs_command(store_path: str, volume_size: int | None) -> None:
     """Make a new, empty store in the directory STORE, which must be empty or missing.
 
@@ -35,14 +45,24 @@ def mkfs_command(store_path: str, volume_size: int | None) -> None:
       imgfs mkfs /srv/photos.imgfs
     """
     settings = Settings() if volume_size is None else Settings(volume_bytes_max=volume_size)
+    _check_place(store_path)
     make_store(store_path, settings, uid=os.geteuid(), gid=os.getegid())
     shown = shlex.quote(store_path)
     echo(f"made a store in {store_path} (volumes of {binary_size(settings.volume_bytes_max)})")
     echo(f"next: imgfs mount --daemon {shown} MOUNTPOINT, or imgfs import DIR {shown}")
 
 
+def _check_place(path: str) -> None:
+    """Make sure that no file is at *path*, and no store mounted there; `make_store` sees to the rest."""
+    mount = find(canonical(path))
+    if mount is not None and mount.type == FILESYSTEM_TYPE:
+        raise InvalidArgument(f"{path} is where the store {mount.source} is mounted; name another directory")
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise InvalidArgument(f"{path} is not a directory; name an empty or a new one")
+
+
 @click.command("check")
-@click.argument("store_path", metavar="STORE")
+@path_argument("store_path", "STORE")
 @quiet_option
 def check_command(store_path: str, quiet: bool) -> None:
     """Read all of STORE and verify every checksum, and that every image is where the store looks for it.
@@ -111,7 +131,7 @@ def _check(store: Store, *, quiet: bool) -> int:
 
 
 @click.command("rebuild-index")
-@click.argument("store_path", metavar="STORE")
+@path_argument("store_path", "STORE")
 def rebuild_index_command(store_path: str) -> None:
     """Remove the index files of STORE and make them anew from the volumes.
 
