@@ -23,6 +23,8 @@ class Row:
     unit: str
     imgfs: Sequence[float]
     xfs: Sequence[float] = ()
+    others: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """What others do in the same rounds, by their names."""
 
     @property
     def ratio(self) -> float | None:
@@ -35,6 +37,8 @@ class Row:
         fields: dict[str, object] = {"what": self.what, "unit": self.unit, "imgfs": _summary(self.imgfs)}
         if self.xfs:
             fields |= {"xfs": _summary(self.xfs), "ratio": self.ratio}
+        if self.others:
+            fields["others"] = {name: _summary(samples) for name, samples in self.others.items()}
         return fields
 
 
@@ -48,9 +52,16 @@ class Result:
     parameters: dict[str, object] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, what: str, unit: str, imgfs: float | Sequence[float], xfs: Sequence[float] = ()) -> None:
+    def add(
+        self,
+        what: str,
+        unit: str,
+        imgfs: float | Sequence[float],
+        xfs: Sequence[float] = (),
+        others: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
         """Add a row; a single number was measured once."""
-        self.rows.append(Row(what, unit, (imgfs,) if isinstance(imgfs, int | float) else imgfs, xfs))
+        self.rows.append(Row(what, unit, (imgfs,) if isinstance(imgfs, int | float) else imgfs, xfs, others or {}))
 
     def as_json(self, machine: Mapping[str, str], size: str) -> dict[str, object]:
         return {
@@ -104,13 +115,15 @@ def table(found: Mapping[str, object]) -> str:
     rows = found["rows"]
     assert isinstance(rows, list)
     compared = any("xfs" in row for row in rows)
-    heads = ["", "imgfs", *(["plain XFS", "imgfs / XFS"] if compared else [])]
+    others = list(dict.fromkeys(name for row in rows for name in row.get("others", {})))
+    heads = ["", "imgfs", *(["plain XFS", "imgfs / XFS"] if compared else []), *others]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for row in rows:
         cells = [row["what"], cell(row["imgfs"], row["unit"])]
         if compared:
             ratio = row.get("ratio")
             cells += [cell(row.get("xfs"), row["unit"]), f"{ratio:.2f}" if ratio is not None else ""]
+        cells += [cell(row.get("others", {}).get(name), row["unit"]) for name in others]
         lines.append("| " + " | ".join(cells) + " |")
     machine, notes = found["machine"], found["notes"]
     assert isinstance(machine, dict)

@@ -99,3 +99,12 @@ def died(code: int) -> str:
     if code >= 0:
         return f"ended with code {code}"
     return f"died of {signal.Signals(-code).name}"
+
+
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed because there was no memory."""
+    try:
+        with open("/proc/vmstat", encoding="utf-8") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+    except OSError:
+        return 0

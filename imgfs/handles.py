@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from imgfs.disk import WouldBlock
 from imgfs.errors import BadHandle, TooManyOpen
 from imgfs.layout import HANDLE_CHUNK, HANDLE_OWNER, HANDLE_OWNERS, HANDLE_OWNERS_AT, HANDLES_AT, HANDLES_MAX, Word
 from imgfs.memory import Memory
@@ -46,11 +47,12 @@ class Handles:
         self._words.release()
         self._owners.release()
 
-    def open(self, inode: int, flags: int, note: Callable[[int], None] | None = None) -> int:
+    def open(self, inode: int, flags: int, note: Callable[[int], None] | None = None, *, nowait: bool = False) -> int:
         """Return a new handle on *inode*; *note* is told of it before it is open.
 
         Raises:
             TooManyOpen: all 65,536 are in use.
+            WouldBlock: *nowait* is set, and another process has the table's lock, which is needed now and then.
         """
         while True:
             with self._lock:
@@ -67,8 +69,14 @@ class Handles:
                         note(handle)
                     self._words[index] = inode & _INODE_MASK | flags << _INODE_BITS | nonce << _NONCE_SHIFT
                     return handle
-            with self._memory.lock():
+            if not nowait:
+                self._memory.acquire()
+            elif not self._memory.try_acquire():
+                raise WouldBlock
+            try:
                 self._find_free()
+            finally:
+                self._memory.release()
 
     def _find_free(self) -> None:
         """Within the table's lock: look for words of our own that others have freed, or take a chunk."""

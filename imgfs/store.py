@@ -220,7 +220,7 @@ class Store(Xattrs):
         if not truncate:
             self._images.open(inode, nowait=nowait)
         note = functools.partial(self.requests.opened, row) if row >= 0 else None
-        handle = self._handles.open(inode, WRITE if write else 0, note)
+        handle = self._handles.open(inode, WRITE if write else 0, note, nowait=nowait)
         try:
             # The slot may have been given away between the two; from here on the handle keeps it.
             if self._images.record(inode).kind == Kind.DIRECTORY:

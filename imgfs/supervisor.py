@@ -21,7 +21,6 @@ from imgfs.board import WORKERS_MAX, Board
 from imgfs.device import Device
 from imgfs.errors import EXIT_BUSY, EXIT_OK, MountFailed
 from imgfs.gate import Gate, make_gate
-from imgfs.requests import Request
 from imgfs.resend import CRASH_BLAME, KILL_BLAME, Dead, Resending
 from imgfs.store import Store
 
@@ -51,7 +50,6 @@ _ROLL_FORWARD_TRIES = 3
 _POLL_S = 0.0005
 # When all is unmounted, workers end by themselves.
 _END_S = 10.0
-_NAMED_MAX = 20
 # Writing the stacks of all threads takes a process less.
 _DUMP_S = 0.05
 _DUMP_BYTES_MAX = 1 << 20
@@ -118,9 +116,9 @@ class Supervisor:
         self._tasks: dict[int, Task] = {}
         self._maintenance = running.maintenance
         self._fruitless = 0
-        self._nudged: dict[int, int] = {}  # number -> since when it held the gate
+        self._nudged: dict[int, tuple[int, int]] = {}  # number -> since when it held the gate, when it was interrupted
         self._stopped: dict[int, int] = {}  # number -> since when it is stopped, by SIGSTOP
-        self._oom_kills = _oom_kills()
+        self._oom_kills = child.oom_kills()
         self._stop_signals = 0
         self._forced_at: float | None = None
         self._ended = False
@@ -147,9 +145,14 @@ class Supervisor:
                 self._start_task("announcer", self._plan.announce, self._announced, FIRST_ANSWER_S)
             while not self._ended:
                 got = signal.sigtimedwait(_SIGNALS, _TICK_S)
-                if got is not None:
-                    self._on_signal(got.si_signo)
-                self._look_after()
+                try:
+                    if got is not None:
+                        self._on_signal(got.si_signo)
+                    self._look_after()
+                except OSError:
+                    # No memory or no process left for a child; the next turn tries again.
+                    log.exception("the supervisor of %s goes on", self._plan.path)
+                    time.sleep(_TICK_S)
         finally:
             self._end_all()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -170,6 +173,7 @@ class Supervisor:
     def _look_after(self) -> None:
         now = time.monotonic()
         self._interrupt_those_who_stand_still()
+        self._start_workers()
         for pid, task in list(self._tasks.items()):
             if task.deadline is not None and now > task.deadline:
                 os.kill(pid, signal.SIGKILL)
@@ -232,8 +236,8 @@ class Supervisor:
         del self._workers[pid]
         post = self._board.posts[number]
         in_hand = [request for _, request, _ in self._store.requests.in_hand(number)]
-        log.error("worker %d (process %d) %s, %s", number, pid, child.died(code), _in_hand(in_hand))
-        before, self._oom_kills = self._oom_kills, _oom_kills()
+        log.error("worker %d (process %d) %s, %s", number, pid, child.died(code), wire.describe_all(in_hand))
+        before, self._oom_kills = self._oom_kills, child.oom_kills()
         blame = KILL_BLAME if code == -signal.SIGKILL and self._oom_kills == before else CRASH_BLAME
         chosen = blame == KILL_BLAME and post.ready
         self._fruitless = 0 if post.answered else self._fruitless + (0 if chosen else blame)
@@ -308,7 +312,7 @@ class Supervisor:
     def _kill(self, number: int, dead: list[Dead], why: str) -> None:
         pid = next(pid for pid, its_number in self._workers.items() if its_number == number)
         requests = [request for _, request, _ in self._store.requests.in_hand(number)]
-        log.warning("worker %d (process %d) is killed: %s, %s", number, pid, why, _in_hand(requests))
+        log.warning("worker %d (process %d) is killed: %s, %s", number, pid, why, wire.describe_all(requests))
         os.kill(pid, signal.SIGKILL)
         child.wait(pid)
         del self._workers[pid]
@@ -316,7 +320,12 @@ class Supervisor:
 
     def _roll_forward(self) -> bool:
         """Have half-applied changes carried on or undone by a child; return whether it could."""
-        pid = child.fork("roll forward", self._carry_on, self._dump)
+        try:
+            pid = child.fork("roll forward", self._carry_on, self._dump)
+        except OSError:
+            # Without a child it may take long, or fail; without it a change could be lost or be done twice.
+            self._store.roll_forward()
+            return True
         code = child.wait(pid, _ROLL_FORWARD_S)
         if code != EXIT_OK:
             log.error(
@@ -344,12 +353,13 @@ class Supervisor:
                 continue
             since_ns = post.gate_since_ns
             if since_ns and now_ns - since_ns > _STANDSTILL_NS:
-                if self._nudged.get(number) != since_ns:
+                nudged_for_ns, nudged_ns = self._nudged.get(number, (0, 0))
+                if nudged_for_ns != since_ns:
                     # A request that vanished after it was announced: the read waits for the next, and all wait for it.
-                    self._nudged[number] = since_ns
+                    self._nudged[number] = since_ns, now_ns
                     log.info("worker %d (process %d) stands still and holds the gate; it is interrupted", number, pid)
                     os.kill(pid, child.NUDGE)
-                else:
+                elif now_ns - nudged_ns > _STANDSTILL_NS:
                     log.warning("worker %d (process %d) stands still and holds the gate; it is killed", number, pid)
                     os.kill(pid, signal.SIGKILL)
             elif post.beat_ns and now_ns - post.beat_ns > _NO_BEAT_NS:
@@ -363,7 +373,14 @@ class Supervisor:
             post = self._board.posts[number]
             requests = [request for _, request, _ in self._store.requests.in_hand(number)]
             gate = ", holds the gate" if post.gate_since_ns else ""
-            log.info("worker %d (process %d): %d answered, %s%s", number, pid, post.answered, _in_hand(requests), gate)
+            log.info(
+                "worker %d (process %d): %d answered, %s%s",
+                number,
+                pid,
+                post.answered,
+                wire.describe_all(requests),
+                gate,
+            )
             self._dump_stacks(pid)
         if self._maintenance:
             log.info("maintenance (process %d)", self._maintenance)
@@ -478,19 +495,3 @@ class Supervisor:
         for pid in [*self._workers, *self._tasks, *([self._maintenance] if self._maintenance else [])]:
             os.kill(pid, signal.SIGKILL)
             child.wait(pid)
-
-
-def _oom_kills() -> int:
-    """Return how many processes the kernel has killed because there was no memory."""
-    try:
-        with open("/proc/vmstat", encoding="utf-8") as file:
-            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
-    except OSError:
-        return 0
-
-
-def _in_hand(requests: list[Request]) -> str:
-    if not requests:
-        return "with nothing in hand"
-    more = f" and {len(requests) - _NAMED_MAX} more" if len(requests) > _NAMED_MAX else ""
-    return "with in hand: " + ", ".join(map(wire.describe, requests[:_NAMED_MAX])) + more

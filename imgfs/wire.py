@@ -21,6 +21,8 @@ assert (IN_HEADER.size, OUT_HEADER.size) == (40, 16)
 READ_BYTES_MIN = 8192
 # What a request carries beside the data of a write.
 READ_BYTES_EXTRA = 4096
+# More requests do not help whoever reads a line of the log.
+_NAMED_MAX = 20
 
 # Bit 63 of a request's number: it was handed out before, and was not answered (Linux 6.9).
 RESENT = 1 << 63
@@ -237,3 +239,11 @@ def describe(request: Request) -> str:
     where = f" at inode {request.node}" if request.node else ""
     who = f" of thread {request.pid}" if request.pid else ""
     return f"{name}{where}{who}"
+
+
+def describe_all(requests: list[Request]) -> str:
+    """Return what a worker had in hand, as a part of a sentence."""
+    if not requests:
+        return "with nothing in hand"
+    more = f" and {len(requests) - _NAMED_MAX} more" if len(requests) > _NAMED_MAX else ""
+    return "with in hand: " + ", ".join(map(describe, requests[:_NAMED_MAX])) + more

@@ -322,14 +322,14 @@ class Mounted:
         if answers:
             wait_until(lambda: b"mounted at" in self._logged_since(start), "the mount answers", process=self.process)
 
-    def watch(self) -> None:
-        """Kill the daemon if it still runs in WATCHDOG_S seconds, counted anew at each call.
+    def watch(self, seconds: float = WATCHDOG_S) -> None:
+        """Kill the daemon if it still runs in so many *seconds*, counted anew at each call.
 
         Who waits for a daemon that hangs cannot be interrupted, but gets an error when it is killed.
         """
         assert self.process is not None
         self._unwatch()
-        self._watchdog = threading.Timer(WATCHDOG_S, self.process.kill)
+        self._watchdog = threading.Timer(seconds, self.process.kill)
         self._watchdog.start()
 
     def stop(self) -> None:

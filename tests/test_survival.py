@@ -83,7 +83,7 @@ class Load:
             told.append(json.loads(client.stdout.read() or '{"surprise": "no word", "done": 0}'))
             client.wait()
         assert [client["surprise"] for client in told] == [""] * len(told)
-        assert all(client["done"] for client in told), told
+        assert sum(client["done"] for client in told) > len(told), told
 
     def stop(self) -> None:
         for client in self._clients:
@@ -96,15 +96,12 @@ class Load:
 
 @contextlib.contextmanager
 def load(mounted: Mounted, seed: int = 1) -> Iterator[Load]:
+    mounted.watch(LOAD_S + 200)
     running = Load(mounted.point, seed)
-    # Who waits for a mount that hangs cannot be killed: then the mount has to go first.
-    hangs = threading.Timer(LOAD_S + 150, lambda: mounted.process and mounted.process.kill())
-    hangs.start()
     try:
         yield running
         running.finish()
     finally:
-        hangs.cancel()
         running.stop()
 
 
