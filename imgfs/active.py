@@ -34,9 +34,10 @@ from imgfs.format import (
 )
 from imgfs.index import index_paths, names_a_name, pack_name, pack_record
 from imgfs.layout import MOVING, VOLUME_SEALED, WORDS_AT, Word, appended_for, appending
+from imgfs.records import Place
 from imgfs.requests import NOBODY, Requests
 from imgfs.settings import MIB
-from imgfs.table import Place, Table
+from imgfs.table import Table
 from imgfs.volume import Volume
 from imgfs.volumes import volume_path
 

@@ -37,8 +37,8 @@ from imgfs.format import (
 from imgfs.index import empty_state, index_paths, names_a_name, pack_name, state_of
 from imgfs.layout import MOVING, VOLUME_SEALED, Word
 from imgfs.load import INDEX_RECORDS, lost_slots, stale_directories
+from imgfs.records import VolumeEntry
 from imgfs.rolling import Rolling
-from imgfs.table import VolumeEntry
 from imgfs.volume import Gap, Volume
 from imgfs.volumes import SUFFIX, volume_path
 

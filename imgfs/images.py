@@ -30,9 +30,10 @@ from imgfs.format import (
 from imgfs.handles import WRITE, Handles
 from imgfs.layout import VOLUME_SEALED, Flag
 from imgfs.log import SMALL_BYTES, Log, Part
+from imgfs.records import Record
 from imgfs.settings import MIB
 from imgfs.staging import ATTRIBUTED, DIRTY, SPOILED, Staged, Staging
-from imgfs.table import Record, Table
+from imgfs.table import Table
 from imgfs.volumes import Volumes
 
 # An image up to this size is verified as a whole when it is opened; of a larger one each MiB when it is read.

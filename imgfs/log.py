@@ -29,9 +29,9 @@ from imgfs.format import (
 )
 from imgfs.index import checkpoint
 from imgfs.layout import VOLUME_SEALED, Word
+from imgfs.records import Place
 from imgfs.requests import NOBODY
 from imgfs.settings import MIB
-from imgfs.table import Place
 from imgfs.volume import Volume
 
 __all__ = ["SMALL_BYTES", "Log", "Part"]

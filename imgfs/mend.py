@@ -14,7 +14,8 @@ from imgfs.format import FLAG_BARE, FLAG_LAST, Kind, Needle, Tag, inode_of, slot
 from imgfs.layout import Flag, Word
 from imgfs.load import linked, live_records, targets
 from imgfs.memory import Memory
-from imgfs.table import Place, Table
+from imgfs.records import Place
+from imgfs.table import Table
 from imgfs.volumes import Volumes
 
 _ROOT = inode_of(0, 0)

@@ -40,7 +40,8 @@ from imgfs.index import (
 from imgfs.layout import VOLUME_SEALED, Word
 from imgfs.load import Loader, rebuild_free_queue
 from imgfs.mend import Mender
-from imgfs.table import Place, Table, VolumeEntry
+from imgfs.records import Place, VolumeEntry
+from imgfs.table import Table
 from imgfs.volume import Gap, Volume
 from imgfs.volumes import SUFFIX, OpenVolume, Volumes
 

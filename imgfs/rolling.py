@@ -15,9 +15,10 @@ from imgfs.errors import Damaged
 from imgfs.format import NEEDLES_START, IndexState, PreviousEnd, VolumeHeader
 from imgfs.index import empty_state, index_paths, names_header
 from imgfs.layout import Word
+from imgfs.records import VolumeEntry
 from imgfs.settings import MIB, Settings
 from imgfs.superblock import Superblock
-from imgfs.table import Table, VolumeEntry
+from imgfs.table import Table
 from imgfs.volume import Volume
 from imgfs.volumes import SUFFIX, volume_path
 

@@ -22,11 +22,11 @@ from imgfs.handles import WRITE
 from imgfs.layout import Flag
 from imgfs.memory import Memory
 from imgfs.opening import ROOT, Opened, attach_parts, make_store, open_parts
+from imgfs.records import Record
 from imgfs.recover import Damage
 from imgfs.requests import NOBODY, Request
 from imgfs.settings import Settings
 from imgfs.staging import DIRTY, Staged
-from imgfs.table import Record
 from imgfs.tree import PERMISSIONS
 from imgfs.view import Attr, Counts, Entry, Location, Space
 from imgfs.xattrs import Xattrs

@@ -34,7 +34,7 @@ from imgfs.format import (
 from imgfs.layout import Flag, Word
 from imgfs.log import SMALL_BYTES, Part
 from imgfs.opening import ROOT
-from imgfs.table import Record
+from imgfs.records import Record
 from imgfs.view import View
 
 T = TypeVar("T")

@@ -17,9 +17,9 @@ from imgfs.images import Images
 from imgfs.layout import SLOTS_MAX, SUBDIRECTORIES_MANY, Flag, Word
 from imgfs.load import links_of, live_bytes
 from imgfs.opening import ROOT, STAGING, Opened
+from imgfs.records import Record
 from imgfs.requests import Requests
 from imgfs.staging import Staging
-from imgfs.table import Record
 
 _SECOND_NS = 1_000_000_000  # records keep no more of a ctime
 # At lookup the disk is asked for at most so much of an image.

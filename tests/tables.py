@@ -30,7 +30,8 @@ from imgfs.layout import (
     Word,
 )
 from imgfs.memory import Memory
-from imgfs.table import Place, Record, Table
+from imgfs.records import Place, Record
+from imgfs.table import Table
 
 SEED = 7
 ROOT = 1

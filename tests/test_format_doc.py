@@ -21,9 +21,9 @@ from imgfs.format import (
     Tag,
     VolumeHeader,
 )
+from imgfs.records import Record
 from imgfs.staging import Staged
 from imgfs.superblock import new_superblock, pack_superblock
-from imgfs.table import Record
 
 LINES = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8").splitlines()
 TITLE = re.compile(r"Struct: (`\w+`(?: \+ `\w+`)*), (\d+) bytes")

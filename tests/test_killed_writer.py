@@ -13,7 +13,8 @@ from tables import Dump, Writer, attached, dump, new_table, raw
 
 from imgfs.format import NEEDLES_START, Kind, Needle, seconds, slot_of
 from imgfs.layout import Flag, Word
-from imgfs.table import Record, Table, VolumeEntry
+from imgfs.records import Record, VolumeEntry
+from imgfs.table import Table
 
 # -- the changes --------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from imgfs.index import pack_record
 from imgfs.layout import Flag, Word
 from imgfs.load import Loader, live_bytes, rebuild_free_queue, stale_directories
 from imgfs.memory import Memory
-from imgfs.table import Table, VolumeEntry
+from imgfs.records import VolumeEntry
+from imgfs.table import Table
 
 OWNERS = [(0, 0, 0o755), (1000, 1000, 0o644), (1000, 0, 0o600), ((1 << 32) - 2, 5, 0o4755)]
 NAMES = [b"%d" % number for number in range(30)]

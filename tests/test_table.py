@@ -10,7 +10,8 @@ from imgfs.buckets import record_at
 from imgfs.errors import Damaged, StoreLimit
 from imgfs.format import Kind, Needle, inode_of, slot_of
 from imgfs.layout import AT_SUBDIRECTORIES, SLOTS_MAX, SUBDIRECTORIES_MANY, Flag, Word
-from imgfs.table import Place, Table, VolumeEntry
+from imgfs.records import Place, VolumeEntry
+from imgfs.table import Table
 
 
 @pytest.fixture
