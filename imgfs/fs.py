@@ -73,8 +73,8 @@ class Filesystem(pyfuse3.Operations):
 
     supports_dot_lookup = True
 
-    def __init__(self, store: Store, desk: Desk, manner: Manner) -> None:
-        """Serve *store* in that *manner*.
+    def __init__(self, store: Store, desk: Desk, manner: Manner, atimes: AccessTimes) -> None:
+        """Serve *store* in that *manner*; *atimes* are shared by all workers.
 
         *desk* knows the row of the request in hand, and whether a worker that died had applied it already.
         """
@@ -83,7 +83,7 @@ class Filesystem(pyfuse3.Operations):
         self._timeout_s = manner.timeout_s
         self._xattrs = manner.xattrs
         self._publish_at_close = manner.publish_at_close
-        self._atimes = AccessTimes()
+        self._atimes = atimes
         self._changes = trio.Lock()
         self._threads = trio.CapacityLimiter(THREADS)
         self._group_sync = GroupSync(store.sync)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from imgfs import handover, logs, maintenance, mountpoint, worker
+from imgfs.atimes import AccessTimes
 from imgfs.background import in_background
 from imgfs.board import Board
 from imgfs.device import DEVICE, Device, Mounting
@@ -126,7 +127,7 @@ def try_to_take_over(state: Handover) -> None:
     """
     store = Store.attach(state.store_path, state.memory, None, writable=False)
     device = Device(state.device, state.init)
-    worker.try_init(worker.Common(store, device, state.gate, Board(state.board), _manner(state.options)))
+    worker.try_init(worker.Common(store, device, state.gate, Board(state.board), _manner(state.options), AccessTimes()))
 
 
 def _mounting(store: Store, path: str, options: MountOptions) -> Mounting:
@@ -150,8 +151,11 @@ def _plan(store: Store, served: _Served, device: Device, ready: Callable[[], Non
     manner = _manner(options)
     sync_interval_s = options.sync_interval_s or Settings().sync_interval_s
 
+    # Those of an upgrade are forgotten, as they would be after a while.
+    atimes = AccessTimes()
+
     def work(number: int, board: Board, gate: int) -> None:
-        worker.work(number, worker.Common(store, device, gate, board, manner))
+        worker.work(number, worker.Common(store, device, gate, board, manner, atimes))
 
     def state(running: Running) -> Handover:
         return Handover(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pyfuse3
 import trio
 
+from imgfs.atimes import AccessTimes
 from imgfs.board import Board
 from imgfs.desk import Desk, TrialPassed, at_desk
 from imgfs.device import Device
@@ -34,6 +35,7 @@ class Common(NamedTuple):
     gate: int
     board: Board
     manner: Manner
+    atimes: AccessTimes
 
 
 def work(number: int, common: Common) -> None:
@@ -42,7 +44,7 @@ def work(number: int, common: Common) -> None:
     store.after_fork()
     desk = Desk(number, common.device, Gate(common.gate), common.board, store.requests)
     desk.install()
-    filesystem = at_desk(desk, Filesystem(store, desk, common.manner))
+    filesystem = at_desk(desk, Filesystem(store, desk, common.manner, common.atimes))
     pyfuse3.init(filesystem, desk.session_path, {"default_permissions"})
     trio.run(_serve, common.board, number)
 
@@ -55,7 +57,9 @@ def try_init(common: Common) -> None:
     """
     desk = Desk(0, common.device, Gate(common.gate), common.board, common.store.requests, trial=True)
     desk.install()
-    pyfuse3.init(Filesystem(common.store, desk, common.manner), desk.session_path, {"default_permissions"})
+    pyfuse3.init(
+        Filesystem(common.store, desk, common.manner, common.atimes), desk.session_path, {"default_permissions"}
+    )
     try:
         trio.run(pyfuse3.main)
     except BaseExceptionGroup as group:
