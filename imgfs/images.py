@@ -261,18 +261,14 @@ class Images:
         self.writer().check_room(size)
         entry = Staged(inode, DIRTY if empty else 0, record.owner, size, record.mtime_ns, now)
         number = self._staging.begin(entry, self._pieces(inode, record) if size else ())
-        self._set_staged(inode, on=True)
+        with self._table.memory.change():
+            self._staging.publish(number, inode)
+            self._table.set_flags(slot_of(inode), record.flags | Flag.STAGED)
         return number
 
     def _pieces(self, inode: int, record: Record) -> Iterator[bytes]:
         whole = self.whole(inode, record)
         return self._volumes.get(record.volume).volume.pieces(whole.needle, whole.offset)
-
-    def _set_staged(self, inode: int, *, on: bool) -> None:
-        slot = slot_of(inode)
-        flags = self._table.record(slot).flags
-        with self._table.memory.change():
-            self._table.set_flags(slot, flags | Flag.STAGED if on else flags & ~Flag.STAGED)
 
     def staged(self, inode: int) -> Staged | None:
         """Return what is staged of *inode*, None if it is not being written."""
@@ -435,8 +431,17 @@ class Images:
         """Within the lock: forget what is staged of *inode*, which was put anew; its writers go on from there."""
         number = self._staging.find(inode)
         if number >= 0:
-            self._set_staged(inode, on=False)
-            self._staging.end(number)
+            self._end(number, inode)
+
+    def _end(self, number: int, inode: int) -> None:
+        """Forget entry *number*, which is that of *inode*, and in the same step that it was staged."""
+        slot = slot_of(inode)
+        record = self._table.record(slot)
+        with self._table.memory.change():
+            self._staging.withdraw(number)
+            if record.generation == inode >> 32:
+                self._table.set_flags(slot, record.flags & ~Flag.STAGED)
+        self._staging.free(number)
 
     def is_left_over(self, inode: int) -> bool:
         """Return whether *inode* is unlinked and something is staged of it still, for those who have it open."""
@@ -451,9 +456,7 @@ class Images:
         current = record.generation == inode >> 32
         needed = current and (self._handles.writers(inode) if record.live else self._handles.in_use(slot))
         if number >= 0 and not needed:
-            if current:
-                self._set_staged(inode, on=False)
-            self._staging.end(number)
+            self._end(number, inode)
 
 
 def _size_of(value: Whole | bytes) -> int:

@@ -114,7 +114,7 @@ class Staging:
         self.put(number, entry._replace(flags=entry.flags & ~(DIRTY | ATTRIBUTED)))
 
     def begin(self, entry: Staged, pieces: Iterable[Buffer] = ()) -> int:
-        """Make *entry* with a file that holds *pieces*; return its number.
+        """Make *entry* with a file that holds *pieces*; return its number, for `publish`: nobody finds it yet.
 
         Raises:
             TooManyOpen: so many images are being written that no entry is left.
@@ -139,15 +139,20 @@ class Staging:
         at = STAGED_AT + STAGED_BYTES * number
         data = STAGED.pack(*entry)
         self._memory.map[at + 8 : at + len(data)] = data[8:]
-        self._memory.map[at : at + 8] = data[:8]
-        self._numbers[entry.inode] = number
         return number
 
-    def end(self, number: int) -> None:
-        """Forget entry *number* and free its bytes."""
+    def publish(self, number: int, inode: int) -> None:
+        """Within `Memory.change`, the one that says so in the table: let the entry *number*, just begun, be found."""
+        self._memory.put(STAGED_AT + STAGED_BYTES * number, inode.to_bytes(8, "little"))
+        self._numbers[inode] = number
+
+    def withdraw(self, number: int) -> None:
+        """Within `Memory.change`, the one that says so in the table: let nobody find entry *number*; `free` follows."""
         self._numbers.pop(self.entry(number).inode, None)
-        at = STAGED_AT + STAGED_BYTES * number
-        self._memory.map[at : at + 8] = bytes(8)
+        self._memory.put(STAGED_AT + STAGED_BYTES * number, bytes(8))
+
+    def free(self, number: int) -> None:
+        """Free the bytes of entry *number*, which nobody finds."""
         self._disk.truncate(self.file(number), 0)
 
     def inodes(self) -> list[int]:

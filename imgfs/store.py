@@ -157,7 +157,7 @@ class Store(Xattrs):
         slot = slot_of(inode)
         record = self._table.record(slot)
         if record.generation != inode >> 32 or not record.flags & Flag.STAGED:
-            self._staging.end(self._staging.find(inode))  # killed before it was made known, or when it was ended
+            self._images.drop_staged(inode)  # killed before it was ended, and the slot was given away since
             return
         if record.flags & Flag.UNBORN and record.live and not self._handles.writers(inode):
             with self._memory.change():
@@ -260,12 +260,12 @@ class Store(Xattrs):
                 note = functools.partial(self.requests.opened, row) if row >= 0 else None
                 handle = self._handles.open(inode, WRITE, note)
                 with self._memory.change():
+                    self._staging.publish(number, inode)
                     self._table.add_unborn(slot, record, now_ns)
                     self._applied(inode)
             except BaseException:
                 if handle >= 0:
                     self._handles.release(handle)
-                self._staging.end(number)
                 raise
             return inode, handle
 
