@@ -2,8 +2,8 @@
 
 Owns the staging files and entries. Must not know needles: the store turns an entry into one when it is flushed.
 
-*Concurrency:* entries are made, changed and ended by the holder of the table's lock. A new one becomes visible with its
-inode, which is stored last; changes are journaled. Any process can open the file of an entry by its number.
+*Concurrency:* entries are made, changed and ended by the holder of the table's lock, in the change that says the same
+in the table. Any process can open the file of an entry by its number.
 """
 
 import threading
@@ -61,6 +61,7 @@ class Staging:
     def after_fork(self) -> None:
         """Be a process of its own; files that the parent opened serve both."""
         self._lock = threading.Lock()
+        self._numbers.clear()
 
     def close(self) -> None:
         for file in self._files.values():

@@ -300,6 +300,44 @@ def test_killed_at_each_step(name: str, torn: bool) -> None:
     assert step > 5
 
 
+@pytest.mark.parametrize("name", ["create", "first_write", "cut_to_nothing_at_open", "release", "release_of_an_unborn"])
+def test_who_comes_before_it_is_settled_gets_nothing_of_it(name: str) -> None:
+    """Another worker makes and changes images before anybody puts right what the killed one left."""
+    with new_store() as store:
+        SCENES[name](store).call(store)
+        after = Seen(store)
+    for step in itertools.count():
+        with new_store() as store:
+            scene = SCENES[name](store)
+            before = Seen(store)
+            was_killed = killed_at(store, step, partial(work, scene), torn=False)
+            inode, handle = store.create_image(ROOT, b"other", 0o644, 1, 1)
+            store._staging.after_fork()  # what follows is done by a third worker
+            store.write(handle, 0, b"its own bytes")
+            again = store.open_image(put(store, ROOT, b"third", b"third"), write=True)
+            store.write(again, 0, b"THIRD")
+            assert (store.name(inode), store.attr(inode).size) == (b"other", 13)
+            store.roll_forward()
+            store.settle(0, [REQUEST])
+            for each in (handle, again):
+                store.flush(each)
+                store.release(each)
+            assert content(store, store.lookup(ROOT, b"other")) == b"its own bytes"
+            assert content(store, store.lookup(ROOT, b"third")) == b"THIRD"
+            store.unlink(ROOT, b"other")
+            store.unlink(ROOT, b"third")
+            assert without_inodes(Seen(store)) in (without_inodes(before), without_inodes(after)), (
+                f"killed at step {step}"
+            )
+            if not was_killed:
+                break
+    assert step > 5
+
+
+def without_inodes(seen: Seen) -> dict[bytes, object]:
+    return {path: (found._replace(inode=0, mtime_ns=0), names, links) for path, (found, names, links) in seen.items()}
+
+
 def work(scene: Scene, worker: Store) -> None:
     worker.requests.begin(0, REQUEST)
     worker.requester = 0
