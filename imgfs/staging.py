@@ -126,14 +126,14 @@ class Staging:
         number = int(free[0]) if len(free) else used
         if number >= STAGED_MAX:
             raise TooManyOpen(f"{STAGED_MAX} images are being written; close some")
-        self._disk.truncate(self.file(number), 0)
+        self.free(number)
         try:
             at = 0
             for piece in pieces:
                 self.write(number, at, piece)
                 at += len(piece)
         except BaseException:
-            self._disk.truncate(self.file(number), 0)
+            self.free(number)
             raise
         if number == used:
             self._memory.words[Word.STAGED] = used + 1

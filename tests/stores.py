@@ -83,6 +83,16 @@ def reopened(store: Store, *, writable: bool = True) -> Store:
     return open_store(disk_of(store), store.settings, writable=writable)
 
 
+def rebuilt(store: Store) -> Store:
+    """Close *store*, and open what its volumes alone say."""
+    store.close()
+    disk = disk_of(store)
+    for path in disk.paths():
+        if path.endswith((".idx", ".names")):
+            disk.unlink(path)
+    return open_store(disk, store.settings)
+
+
 def put(store: Store, parent: int, name: bytes, data: bytes = b"data", mtime_ns: int = 1) -> int:
     return store.put(parent, name, data, len(data), mode=0o644, uid=1, gid=2, mtime_ns=mtime_ns)
 

@@ -4,7 +4,7 @@ import stat
 from collections.abc import Callable, Iterator
 
 import pytest
-from stores import abandon_all, content, disk_of, killed, names, new_store, open_store, put, reopened, write_image
+from stores import abandon_all, content, killed, names, new_store, put, rebuilt, reopened, write_image
 
 from imgfs.errors import Exists, InvalidArgument, IsADirectory, NotFound
 from imgfs.format import Kind
@@ -22,17 +22,7 @@ def freed_memory() -> Iterator[None]:
     abandon_all()
 
 
-def _rebuilt(store: Store) -> Store:
-    """Close *store* and open what its volumes alone say."""
-    store.close()
-    disk = disk_of(store)
-    for path in disk.paths():
-        if path.endswith((".idx", ".names")):
-            disk.unlink(path)
-    return open_store(disk, store.settings)
-
-
-AGAIN = pytest.mark.parametrize("again", [killed, reopened, _rebuilt])
+AGAIN = pytest.mark.parametrize("again", [killed, reopened, rebuilt])
 Again = Callable[[Store], Store]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from PIL import Image
-from stores import abandon_all, content, disk_of, killed, new_store, open_store, put, reopened, write_image
+from stores import abandon_all, content, disk_of, killed, new_store, put, rebuilt, reopened, write_image
 
 from imgfs.errors import InvalidArgument, NameTooLong, NoAttribute, NotSupported, StoreFull
 from imgfs.format import pack_xattrs, unpack_xattrs
@@ -28,16 +28,7 @@ def freed_memory() -> Iterator[None]:
     abandon_all()
 
 
-def _rebuilt(store: Store) -> Store:
-    store.close()
-    disk = disk_of(store)
-    for path in disk.paths():
-        if path.endswith((".idx", ".names")):
-            disk.unlink(path)
-    return open_store(disk, store.settings)
-
-
-@pytest.mark.parametrize("again", [killed, reopened, _rebuilt])
+@pytest.mark.parametrize("again", [killed, reopened, rebuilt])
 def test_attributes_stay_with_their_inode(store: Store, again: Callable[[Store], Store]) -> None:
     image, directory = put(store, ROOT, b"a", b"photo"), store.mkdir(ROOT, b"d", 0o755, 0, 0)
     link = store.symlink(ROOT, b"l", b"a", 0, 0)
@@ -72,7 +63,7 @@ def test_attributes_stay_with_their_inode(store: Store, again: Callable[[Store],
             store.remove_xattr(image, name)
 
 
-@pytest.mark.parametrize("again", [killed, reopened, _rebuilt])
+@pytest.mark.parametrize("again", [killed, reopened, rebuilt])
 def test_attributes_of_an_image_that_was_not_closed_yet(store: Store, again: Callable[[Store], Store]) -> None:
     inode, handle = store.create_image(ROOT, b"a", 0o644, 0, 0)
     store.set_xattr(inode, USER, b"early")
