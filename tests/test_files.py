@@ -404,7 +404,8 @@ def test_a_full_disk_says_so_and_loses_nothing(mounted: Mounted, disk: XfsDisk) 
         assert failure(fill) == "ENOSPC"
         assert written
         assert failure((root / "old").write_bytes, bytes(2 * MIB)) == "ENOSPC"
-        assert (root / "old").read_bytes() == old
+        # The last word is spoken by RELEASE, which nobody waits for.
+        wait_until(lambda: (root / "old").read_bytes() == old, "the old image is back")
         mounted.kill()
         mounted.start()
         assert (root / "old").read_bytes() == old
