@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from imgfs.errors import Damaged
 from imgfs.format import ALIGNMENT, NEEDLES_START, VOLUME_HEADER_COPIES, Kind, Needle, inode_of, unpack_volume_header
-from imgfs.layout import RARE_AT, RECORDS_AT, Flag, Word
+from imgfs.layout import RARE_AT, RECORDS_AT, VOLUME_GONE, Flag, Word
 from imgfs.load import RARE_ENTRIES, RECORDS
 from imgfs.recover import Damage
 from imgfs.table import Table
@@ -50,10 +50,13 @@ def check_volumes(table: Table, volumes: Volumes) -> Iterator[Checked | Damage]:
     needles = done = 0
     rows = table.memory.words[Word.VOLUMES]
     for entry in range(rows):
+        if table.volume(entry).flags & VOLUME_GONE:
+            continue
         volume, end = volumes.get(entry).volume, table.volume(entry).end
         if entry == table.memory.words[Word.ACTIVE] and table.memory.words[Word.ACTIVE_END]:
             end = table.memory.words[Word.ACTIVE_END]
-        one = _VolumeCheck(table, entry, volume, end, last=entry == rows - 1)
+        last = entry == table.memory.words[Word.ACTIVE] if table.memory.words[Word.ACTIVE_END] else entry == rows - 1
+        one = _VolumeCheck(table, entry, volume, end, last=last)
         for checked in one.read():
             yield Checked(needles + checked.needles, done + checked.volume_bytes)
         yield from one.damage()

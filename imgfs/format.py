@@ -67,6 +67,7 @@ class Tag(enum.IntEnum):
     CHECKPOINT = 5  # checkpoint: the state of the index files
     TARGET = 6  # link: the inode it names; delete, rename: the inode that the link that goes has named
     DEVICE = 7  # special file: its device number
+    REPLACES = 8  # volume header: ids of the volumes whose needles were copied into this one
 
 
 class IndexState(NamedTuple):
@@ -102,6 +103,7 @@ VOLUME_HEADER_BYTES = VOLUME_HEADER.size + CHECKSUM.size
 # The header stands twice, a page apart: without its salt no needle of the volume could be recognised.
 VOLUME_HEADER_COPIES = (0, 4096)
 NEEDLES_START = 8192
+REPLACES_MAX = 256  # ids that fit into a header
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class VolumeHeader:
     created_ns: int
     volume_bytes_max: int
     previous: PreviousEnd | None = None
+    replaces: tuple[int, ...] = ()
 
     def seed(self) -> int:
         """Return the seed of this volume's header checksums."""
@@ -150,6 +153,8 @@ def pack_volume_header(header: VolumeHeader) -> bytes:
         previous = header.previous
         ends = PREVIOUS_END.pack(previous.volume_id, previous.torn_bytes)
         tagged[Tag.PREVIOUS_END] = ends + INDEX_STATE.pack(*previous.index_state)
+    if header.replaces:
+        tagged[Tag.REPLACES] = struct.pack(f"<{len(header.replaces)}Q", *header.replaces)
     extras = pack_extras(tagged)
     fixed = VOLUME_HEADER.pack(
         VOLUME_MAGIC,
@@ -199,7 +204,9 @@ def unpack_volume_header(data: Buffer) -> VolumeHeader:
             index = IndexState(*INDEX_STATE.unpack_from(value, PREVIOUS_END.size))
             volume_before, torn_bytes = PREVIOUS_END.unpack_from(value)
             previous = PreviousEnd(volume_before, torn_bytes, index)
-        return VolumeHeader(store_id, salt, volume_id, first, created_ns, limit, previous)
+        value = extras.get(Tag.REPLACES, b"")
+        replaces = struct.unpack(f"<{len(value) // 8}Q", value)
+        return VolumeHeader(store_id, salt, volume_id, first, created_ns, limit, previous, replaces)
     raise Damaged("neither copy of the volume header is whole")
 
 

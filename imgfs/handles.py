@@ -146,6 +146,11 @@ class Handles:
         """Return whether a handle is open on any generation of *slot*."""
         return bool((self._used() & 0xFFFF_FFFF == slot + 1).any())
 
+    def slots(self) -> list[int]:
+        """Return the slots that handles are open on."""
+        low = self._used() & 0xFFFF_FFFF
+        return [int(slot) for slot in np.unique(low[low > 0]).astype(np.int64) - 1]
+
     def writers(self, inode: int) -> int:
         """Return how many handles are open for writing on *inode*."""
         key = inode & _INODE_MASK | WRITE << _INODE_BITS

@@ -419,6 +419,8 @@ class Images:
         staged = self.staged(inode) if record.flags & Flag.UNBORN else None
         if staged is not None:
             return parent, staged.name
+        if not record.name_offset:
+            return parent, b""
         return parent, self._volumes.get(record.name_volume).names.get(record.name_offset)
 
     def _staged_pieces(self, number: int, size: int) -> Iterator[bytes]:

@@ -52,6 +52,8 @@ class Word:
     RARE_COUNT = 32  # its entries in use
     FAILURES = 33  # syncs that failed
     SYNCING = 34  # 1 while a sync runs, or if its process was killed
+    VOLUMES_GONE = 35  # volumes that were removed since the store was opened
+    ROWS_FREE = 36  # rows of the volume table that are free
     ARENA_FREE = 64  # 32 words: first free region of each size
 
 
@@ -94,6 +96,7 @@ OWNERS_MAX = 1 << 16
 VOLUME = struct.Struct("<QQQQ")  # id, end in bytes, first sequence, flags
 VOLUMES_MAX = 1 << 16
 VOLUME_SEALED = 1
+VOLUME_GONE = 2  # its needles were copied elsewhere, and it is removed: the row is free
 
 HANDLE = struct.Struct("<Q")  # inode (40 bits), flags (8 bits), nonce (16 bits); the nonce stays when it is freed
 HANDLES_MAX = 1 << 16

@@ -54,7 +54,7 @@ RARE_ENTRIES = np.dtype(
     [(name, "<u4") for name in ("next", "slot", "generation", "links", "volume", "offset8", "size")]
 )
 assert RARE_ENTRIES.itemsize == RARE.size
-_PUTS = [Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK]
+PUTS = [Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK]
 # What changes inodes that were put before; a link does so to its target.
 _EVENTS = [Kind.RENAME, Kind.DELETE, Kind.ATTRIBUTES, Kind.XATTR, Kind.LINK]
 # Linking sorts so many records at a time, which bounds the memory it takes.
@@ -89,7 +89,7 @@ class Loader:
             self._last = np.full(self._slots + (self._slots >> 3), -1, np.int32)
         kind = np.ascontiguousarray(index["kind"])
         position = np.arange(len(index), dtype=np.int32)
-        puts = np.isin(kind, _PUTS)
+        puts = np.isin(kind, PUTS)
         put, put_at = self._last_of(position[puts], index["slot"][puts].astype(np.int64) - 1)
         fresh = np.zeros(len(put), RECORDS)
         source = index[put]
@@ -401,6 +401,26 @@ def lost_slots(memory: Memory, entry: int, end: int) -> list[int]:
     lost = (rows["volume"] == entry) & (rows["offset8"].astype(np.int64) * ALIGNMENT >= end)
     lost &= np.isin(rows["flags"] & Flag.KIND, [Kind.FILE, Kind.SYMLINK]) & (rows["flags"] & Flag.UNBORN == 0)
     return [int(slot) for slot in slots[lost]]
+
+
+def references(memory: Memory, rows: Iterable[int], held: Iterable[int]) -> bool:
+    """Return whether anything that lives, or is *held* open though it was unlinked, lies in or is named by *rows*."""
+    table = np.frombuffer(memory.map, RECORDS, memory.words[Word.SLOTS], RECORDS_AT)
+    flags = np.ascontiguousarray(table["flags"])
+    old = np.zeros(1 << 16, bool)
+    old[list(rows)] = True
+    wanted = (flags & Flag.KIND != 0) & (flags & Flag.UNBORN == 0)
+    alive = wanted & (flags & Flag.DEAD == 0)
+    open_slots = np.array([slot for slot in held if slot < len(table)], np.int64)
+    wanted &= alive | np.isin(np.arange(len(table)), open_slots)
+    in_data = wanted & (flags & Flag.KIND != Kind.DIRECTORY) & old[table["volume"]]
+    if (in_data | alive & (table["name_offset"] > 0) & old[table["name_volume"]]).any():
+        return True
+    entries = np.frombuffer(memory.map, RARE_ENTRIES, memory.words[Word.RARE_ENTRIES], RARE_AT)
+    entries = entries[(entries["slot"] > 0) & (entries["volume"] > 0)]
+    entries = entries[old[entries["volume"].astype(np.int64) - 1]]
+    slots = entries["slot"].astype(np.int64) - 1
+    return bool((wanted[slots] & (table["hash_generation"][slots] >> 24 == entries["generation"])).any())
 
 
 def live_bytes(memory: Memory) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

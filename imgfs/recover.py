@@ -236,6 +236,18 @@ class Recovery:
                 self._disk.close(file)
                 number = int(name.removesuffix(SUFFIX)) if name.removesuffix(SUFFIX).isdigit() else 0
                 self.report.damage.append(Damage(number, 0, size, str(error)))
+        replaced = {number for volume in volumes for number in volume.header.replaces}
+        for volume in [each for each in volumes if each.header.volume_id in replaced]:
+            # A compaction was cut off after it was done, and before this was removed.
+            volumes.remove(volume)
+            volume.close()
+            if self._writable:
+                paths = index_paths(volume.path)
+                for path in (volume.path, paths.records, paths.names):
+                    if self._disk.exists(path):
+                        self._disk.unlink(path)
+        if self._writable and replaced:
+            self._disk.sync_directory(self._directory)
         return sorted(volumes, key=lambda volume: (volume.header.first_sequence, volume.header.volume_id))
 
     # -- one volume -------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Self
 
 from imgfs.atimes import AccessTimes
 from imgfs.check import Checked, check_volumes
+from imgfs.compact import Compaction
 from imgfs.disk import Buffer, Disk
 from imgfs.errors import IsADirectory
 from imgfs.format import Kind, seconds, slot_of
@@ -23,7 +24,7 @@ from imgfs.layout import Flag
 from imgfs.memory import Memory
 from imgfs.opening import ROOT, Opened, attach_parts, make_store, open_parts
 from imgfs.records import Record
-from imgfs.recover import Damage
+from imgfs.recover import VOLUMES, Damage
 from imgfs.requests import NOBODY, Request
 from imgfs.settings import Settings
 from imgfs.staging import DIRTY, Staged
@@ -200,6 +201,16 @@ class Store(Xattrs):
         Nobody else may change the store meanwhile, unless it was opened for reading.
         """
         return check_volumes(self._table, self._volumes)
+
+    def compaction(self) -> Compaction:
+        """Return what compacts the volumes of this store; it must be open for writing."""
+        checkpoint = functools.partial(self._images.writer().sync, final=True)
+        directory = f"{self.path}/{VOLUMES}"
+        return Compaction(self._disk, directory, self.superblock, self._table, self._volumes, checkpoint)
+
+    def held(self) -> list[int]:
+        """Return the slots that handles are open on."""
+        return self._handles.slots()
 
     # -- open images ------------------------------------------------------------------------------------------
 

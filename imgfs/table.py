@@ -39,6 +39,7 @@ from imgfs.layout import (
     SLOTS_MAX,
     SUBDIRECTORIES_MANY,
     VOLUME,
+    VOLUME_GONE,
     VOLUMES_AT,
     VOLUMES_MAX,
     Flag,
@@ -403,17 +404,33 @@ class Table:
             self.memory.put_word(Word.OWNERS, index + 1)
 
     def add_volume(self, entry: VolumeEntry) -> int:
-        """Append a row to the volume table and return its number.
+        """Give a volume a row of the volume table and return its number.
 
         Raises:
             StoreLimit: the table has 65,536 rows.
         """
-        index = self.memory.words[Word.VOLUMES]
+        words = self.memory.words
+        index = words[Word.VOLUMES]
+        if words[Word.ROWS_FREE]:
+            index = next(row for row in range(index) if self.volume(row).flags & VOLUME_GONE)
+            self.set_volume(index, entry)
+            self.memory.put_word(Word.ROWS_FREE, words[Word.ROWS_FREE] - 1)
+            return index
         if index >= VOLUMES_MAX:
             raise StoreLimit(f"more than {VOLUMES_MAX} volumes in one store; make a store with larger volumes")
         self.memory.put(VOLUMES_AT + VOLUME.size * index, VOLUME.pack(*entry))
         self.memory.put_word(Word.VOLUMES, index + 1)
         return index
+
+    def free_volume(self, index: int) -> None:
+        """Free row *index*, whose volume is removed and which nothing refers to any more."""
+        words = self.memory.words
+        for owner in range(words[Word.OWNERS]):
+            if self.owner_volume(owner) == index:
+                self.define_owner(owner, *self.owner(owner), -1)
+        self.set_volume(index, VolumeEntry(0, 0, 0, VOLUME_GONE))
+        self.memory.put_word(Word.ROWS_FREE, words[Word.ROWS_FREE] + 1)
+        self.memory.put_word(Word.VOLUMES_GONE, words[Word.VOLUMES_GONE] + 1)
 
     def set_volume(self, index: int, entry: VolumeEntry) -> None:
         """Overwrite row *index* of the volume table."""

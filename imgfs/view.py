@@ -131,6 +131,8 @@ class View:
         if record.flags & Flag.UNBORN:
             staged = self._images.staged(inode_of(slot, record.generation))
             return staged.name if staged is not None else b""
+        if not record.name_offset:
+            return b""
         return self._volumes.get(record.name_volume).names.get(record.name_offset, nowait=nowait)
 
     def attr(self, inode: int) -> Attr:

@@ -10,7 +10,9 @@ import threading
 from dataclasses import dataclass
 
 from imgfs.disk import Disk
+from imgfs.errors import Stale
 from imgfs.index import Names, index_paths
+from imgfs.layout import Word
 from imgfs.table import Table
 from imgfs.volume import Volume
 
@@ -38,6 +40,7 @@ class Volumes:
         self._directory = directory
         self._table = table
         self._open: dict[int, OpenVolume] = {}
+        self._gone = 0  # removed volumes when we last looked
         self._lock = threading.Lock()
 
     def after_fork(self) -> None:
@@ -49,17 +52,35 @@ class Volumes:
         self._open[entry] = volume
 
     def get(self, entry: int) -> OpenVolume:
-        """Return the volume with that *entry*."""
+        """Return the volume with that *entry*.
+
+        Raises:
+            Stale: it was removed: what is looked for lies elsewhere by now, or is gone.
+        """
+        if self._gone != self._table.memory.words[Word.VOLUMES_GONE]:
+            self._forget()
         found = self._open.get(entry)
         if found is not None:
             return found
         with self._lock:
             if entry not in self._open:
                 path = volume_path(self._directory, self._table.volume(entry).volume_id)
+                if not self._disk.exists(path):
+                    raise Stale(f"the volume in row {entry} is removed")
                 volume = Volume.open(self._disk, path)
                 names = Names(self._disk, self._disk.open(index_paths(path).names))
                 self._open[entry] = OpenVolume(volume, names)
             return self._open[entry]
+
+    def _forget(self) -> None:
+        """Close the volumes that were removed; their rows may hold others by now."""
+        with self._lock:
+            self._gone = self._table.memory.words[Word.VOLUMES_GONE]
+            for entry, opened in list(self._open.items()):
+                if self._table.volume(entry).volume_id != opened.volume.header.volume_id:
+                    del self._open[entry]
+                    opened.volume.close()
+                    opened.names.close()
 
     def prefetch_names(self) -> None:
         """Let the disk read all names into the page cache."""

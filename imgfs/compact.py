@@ -1,0 +1,343 @@
+"""Compaction: copies what is needed of some sealed volumes into one new volume, and removes the old ones.
+
+Owns the order of the steps (docs/crash.md): copy, sync, publish, make current, remove. Publishing is the commit
+point: from then on the new volume counts in place of those that its header says it replaces. A copy keeps its sequence
+number, so that meeting a needle twice is harmless. Must not know when it is worth it, nor who waits.
+
+*Concurrency:* copying takes no lock, for sealed volumes do not change; making current takes the table's lock for a
+batch at a time, and moves only what still points at a replaced volume. One compaction at a time.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from imgfs.buckets import record_at
+from imgfs.disk import Disk
+from imgfs.errors import Damaged, StoreFull, disk_error
+from imgfs.format import (
+    INDEX_RECORD_BYTES,
+    NEEDLES_START,
+    REPLACES_MAX,
+    VOLUME_BYTES_LIMIT,
+    Kind,
+    Needle,
+    VolumeHeader,
+)
+from imgfs.index import checkpoint, index_paths, names_a_name, names_header, pack_name, pack_record, state_of
+from imgfs.layout import AT_NAME_OFFSET, AT_NAME_VOLUME, AT_OFFSET8, AT_VOLUME, VOLUME_GONE, VOLUME_SEALED, Flag, Word
+from imgfs.load import INDEX_RECORDS, PUTS, references
+from imgfs.needed import Needed, last_of_each
+from imgfs.superblock import Superblock
+from imgfs.records import VolumeEntry
+from imgfs.table import Table
+from imgfs.volume import Volume
+from imgfs.volumes import Volumes, volume_path
+
+log = logging.getLogger(__name__)
+
+_BATCH = 256  # needles that are made current in one step
+_WRITE_BYTES = 1 << 20
+
+
+@dataclass
+class Plan:
+    """What a compaction of some volumes would do: rows of the volume table, in the order of their sequence numbers."""
+
+    rows: list[int]
+    needed: list["np.ndarray[tuple[int], np.dtype[np.bool_]]"] = field(default_factory=list)
+    records: list[bytes] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+class Compaction:
+    """Compacts volumes of an open store."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        directory: str,
+        superblock: Superblock,
+        table: Table,
+        volumes: Volumes,
+        checkpoint: Callable[[], None],
+    ) -> None:
+        """*checkpoint* makes all durable that was appended so far, and vouches for its index."""
+        self._disk = disk
+        self._directory = directory
+        self._superblock = superblock
+        self._table = table
+        self._memory = table.memory
+        self._volumes = volumes
+        self._checkpoint = checkpoint
+
+    # -- planning ---------------------------------------------------------------------------------------------
+
+    def sealed(self) -> list[int]:
+        """Return the rows of all sealed volumes, in the order of their sequence numbers."""
+        rows = []
+        for row in range(self._memory.words[Word.VOLUMES]):
+            entry = self._table.volume(row)
+            if entry.flags & VOLUME_SEALED and not entry.flags & VOLUME_GONE:
+                rows.append((entry.first_sequence, entry.volume_id, row))
+        return [row for _, _, row in sorted(rows)]
+
+    def plan(self, rows: Sequence[int], held: Sequence[int] = ()) -> Plan:
+        """Return what compacting *rows*, neighbours in `sealed`, would do; slots in *held* have handles open.
+
+        Raises:
+            Damaged: the index of one of them is not whole; it is made again when the store is opened.
+        """
+        judge = Needed(self._table, held)
+        order = self.sealed()
+        first = order.index(rows[0])
+        assert order[first : first + len(rows)] == list(rows), "what lies between them would lose its place"
+        for row in order[:first]:
+            judge.pass_by(self._records(row))
+        sequences = {row: self._table.volume(row).first_sequence for row in range(self._memory.words[Word.VOLUMES])}
+        plan = Plan(list(rows))
+        owners: set[int] = set()
+        for row in rows:
+            records = self._records(row)
+            needed = judge.of(records, row, sequences)
+            index = np.frombuffer(records, INDEX_RECORDS)
+            for at in np.flatnonzero(needed & (index["kind"] == Kind.OWNER)):
+                needed[at] = int(index["owner"][at]) not in owners
+                owners.add(int(index["owner"][at]))
+            ends = np.append(index["offset8"][1:], (self._table.volume(row).end + 7) // 8).astype(np.int64)
+            lengths = (ends - index["offset8"]) * 8
+            plan.needed.append(needed)
+            plan.records.append(records)
+            plan.bytes_before += self._table.volume(row).end
+            plan.bytes_after += int(lengths[needed].sum())
+        plan.bytes_after += NEEDLES_START
+        return plan
+
+    def _records(self, row: int) -> bytes:
+        """Return the index records of the sealed volume in *row*, all of them."""
+        volume = self._volumes.get(row).volume
+        file = self._disk.open(index_paths(volume.path).records)
+        try:
+            data = self._disk.read(file, 0, self._disk.size(file))
+        finally:
+            self._disk.close(file)
+        if len(data) % INDEX_RECORD_BYTES or not data:
+            raise Damaged(f"{index_paths(volume.path).records} is not whole; run imgfs rebuild-index")
+        return data
+
+    # -- doing it ---------------------------------------------------------------------------------------------
+
+    def run(self, plan: Plan, room_bytes: int, copied: Callable[[int], None] = lambda _: None) -> int:
+        """Copy, publish and make current; return the row of the new volume. The old ones wait for `remove`.
+
+        *copied* is called with the bytes written so far, and may wait or raise to end the compaction.
+
+        Raises:
+            Damaged: a needle that is needed is not what was written; nothing has changed.
+            StoreFull: less than *room_bytes* more than the copy takes are free; nothing has changed.
+            DiskFailure: as the disk says; nothing has changed.
+        """
+        space = self._disk.space(self._directory)
+        if space.f_bavail * space.f_frsize < plan.bytes_after + room_bytes:
+            raise StoreFull("not enough room for the copy; delete images, or add space")
+        volume_id, path = self._reserve()
+        try:
+            header = self._copy(plan, volume_id, path, copied)
+            # What was left out is undone by needles that power loss must not take any more. Nor may a start take them for
+            # changes of something that is not there, as when it replays them one by one.
+            self._checkpoint()
+            self._disk.rename(path + ".new", path)
+            self._disk.sync_directory(self._directory)
+        except OSError as error:
+            self._discard(path)
+            raise disk_error(error, path) from error
+        except BaseException:
+            self._discard(path)
+            raise
+        row = self.enter(header, path)
+        self.make_current(row)
+        return row
+
+    def _reserve(self) -> tuple[int, str]:
+        """Return the id and path of a new volume; what a compaction that was killed has left is removed."""
+        with self._memory.lock():
+            names = self._disk.names(self._directory)
+            for name in names:
+                if name.endswith(".new"):
+                    self._discard(f"{self._directory}/{name.removesuffix('.new')}")
+            stems = [name.partition(".")[0] for name in names]
+            volume_id = 1 + max((int(stem) for stem in stems if stem.isdigit()), default=0)
+            path = volume_path(self._directory, volume_id)
+            self._disk.close(self._disk.open(path + ".new", writable=True, create=True))
+            return volume_id, path
+
+    def _discard(self, path: str) -> None:
+        paths = index_paths(path)
+        for each in (path + ".new", paths.records, paths.names):
+            if self._disk.exists(each):
+                self._disk.unlink(each)
+
+    def _copy(self, plan: Plan, volume_id: int, path: str, copied: Callable[[int], None]) -> VolumeHeader:
+        """Write the new volume and its index, all of it durable but not published."""
+        sources = [self._volumes.get(row).volume for row in plan.rows]
+        replaces = tuple(source.header.volume_id for source in sources)
+        assert len(replaces) <= REPLACES_MAX
+        header = VolumeHeader(
+            self._superblock.store_id,
+            os.urandom(16),
+            volume_id,
+            sources[0].header.first_sequence,
+            time.time_ns(),
+            self._superblock.volume_bytes_max,
+            sources[0].header.previous,
+            replaces,
+        )
+        volume = Volume.create(self._disk, path + ".new", header, 0)
+        try:
+            records, names = bytearray(), bytearray(names_header(volume_id))
+            offset, last = NEEDLES_START, 0
+            for source, needle, at in self._wanted(plan, sources):
+                offset = self._copy_needle(volume, offset, source, needle, at, records, names)
+                last = max(last, needle.sequence)
+                copied(offset)
+                if offset > VOLUME_BYTES_LIMIT:
+                    raise StoreFull("the copy would be larger than a volume can be")
+            seal = checkpoint(state_of(records, names, offset), seal=True)
+            seal.sequence, seal.durable, seal.commit_ns = last, offset, time.time_ns()
+            volume.sync()
+            volume.write_needle(offset, seal, [], None)
+            records += pack_record(seal, offset, 0, 0)
+            volume.sync()
+            for name, data in zip(index_paths(path), (records, names), strict=True):
+                self._write_file(name, bytes(data))
+        finally:
+            volume.close()
+        return header
+
+    def _wanted(self, plan: Plan, sources: Sequence[Volume]) -> Iterator[tuple[Volume, Needle, int]]:
+        """Yield (volume, needle, offset) of all that is needed, owners first: what they mean comes before its use."""
+        for owners in (True, False):
+            for source, needed, records in zip(sources, plan.needed, plan.records, strict=True):
+                index = np.frombuffer(records, INDEX_RECORDS)
+                chosen = needed & ((index["kind"] == Kind.OWNER) == owners)
+                for offset8 in index["offset8"][chosen].tolist():
+                    yield source, source.header_at(offset8 * 8), offset8 * 8
+
+    def _copy_needle(
+        self,
+        volume: Volume,
+        offset: int,
+        source: Volume,
+        needle: Needle,
+        at: int,
+        records: bytearray,
+        names: bytearray,
+    ) -> int:
+        """Copy *needle*, which lies in *source* at *at*; return where it ends."""
+        pieces = source.pieces(needle, at)
+        needle.durable = NEEDLES_START
+        if needle.data_size <= _WRITE_BYTES:
+            volume.write_needle(offset, needle, list(pieces), None)
+        else:
+            volume.write_large_needle(offset, needle, pieces)
+        name_offset = len(names) if needle.name and names_a_name(needle.kind) else 0
+        records += pack_record(needle, offset, name_offset, self._table.hash(needle.name) if name_offset else 0)
+        if name_offset:
+            names += pack_name(needle.name)
+        return offset + needle.length
+
+    def _write_file(self, path: str, data: bytes) -> None:
+        file = self._disk.open(path, writable=True, create=True)
+        try:
+            self._disk.truncate(file, 0)
+            self._disk.write(file, 0, [data])
+        finally:
+            self._disk.close(file)
+
+    # -- making current ---------------------------------------------------------------------------------------
+
+    def enter(self, header: VolumeHeader, path: str) -> int:
+        """Give the published volume with that *header* a row, unless it has one; return it."""
+        with self._memory.lock():
+            for row in range(self._memory.words[Word.VOLUMES]):
+                entry = self._table.volume(row)
+                if entry.volume_id == header.volume_id and not entry.flags & VOLUME_GONE:
+                    return row
+            file = self._disk.open(path)
+            end = self._disk.size(file)
+            self._disk.close(file)
+            with self._memory.change():
+                entry = VolumeEntry(header.volume_id, end, header.first_sequence, VOLUME_SEALED)
+                return self._table.add_volume(entry)
+
+    def make_current(self, row: int) -> None:
+        """Let the table point at the copies in the volume in *row* wherever it points at what that replaces."""
+        old = self._replaced_rows(row)
+        index = np.frombuffer(self._records(row), INDEX_RECORDS)
+        slots = index["slot"].astype(np.int64)
+        naming = last_of_each(np.isin(index["kind"], [*PUTS, Kind.RENAME]), slots)
+        chosen = naming | (index["kind"] == Kind.XATTR)
+        # Of several puts of an inode the last one counts: others are kept for those who may want them back.
+        chosen |= last_of_each(np.isin(index["kind"], PUTS), slots)
+        rows = list(zip(index[chosen].tolist(), naming[chosen].tolist(), strict=True))
+        for start in range(0, len(rows), _BATCH):
+            with self._memory.lock(), self._memory.change():
+                for record, names in rows[start : start + _BATCH]:
+                    self._move(record, row, old, names=names)
+
+    def _replaced_rows(self, row: int) -> set[int]:
+        ids = set(self._volumes.get(row).volume.header.replaces)
+        rows = range(self._memory.words[Word.VOLUMES])
+        return {each for each in rows if self._table.volume(each).volume_id in ids and each != row}
+
+    def _move(self, record: tuple[int, ...], row: int, old: set[int], *, names: bool) -> None:
+        """Let what the index *record* is about point into the volume in *row*, if it points into one of *old*.
+
+        *names*: its needle is the one that gives the name.
+        """
+        kind, slot, _, name_offset, offset8 = record[0], record[1] - 1, *record[2:5]
+        generation = record[9] >> 24
+        now = self._table.record(slot)
+        if not now.flags & Flag.KIND or now.generation != generation:
+            return
+        if kind == Kind.XATTR:
+            place = self._table.rare.get(slot, generation)
+            if place.volume in old:
+                self._table.rare.put(slot, generation, place._replace(volume=row, offset8=offset8))
+            return
+        at = record_at(slot)
+        if kind not in (Kind.RENAME, Kind.DIRECTORY) and now.volume in old and not now.flags & Flag.UNBORN:
+            self._memory.put_u16(at + AT_VOLUME, row)
+            self._memory.put_u32(at + AT_OFFSET8, offset8)
+        if names and now.name_offset and now.name_volume in old and not now.flags & Flag.UNBORN:
+            self._memory.put_u16(at + AT_NAME_VOLUME, row)
+            self._memory.put_u32(at + AT_NAME_OFFSET, name_offset)
+
+    # -- removing ---------------------------------------------------------------------------------------------
+
+    def remove(self, row: int, held: Sequence[int]) -> bool:
+        """Remove what the volume in *row* replaces, and free the rows; return whether nothing needs it any more.
+
+        Call it when every worker has answered what it had in hand when `run` returned. *held* are slots that handles
+        are open on: the bytes of an unlinked image may be needed still.
+        """
+        old = self._replaced_rows(row)
+        with self._memory.lock():
+            if references(self._memory, old, held):
+                return False
+        for entry in old:
+            path = volume_path(self._directory, self._table.volume(entry).volume_id)
+            paths = index_paths(path)
+            for each in (path, paths.records, paths.names):
+                if self._disk.exists(each):
+                    self._disk.unlink(each)
+        self._disk.sync_directory(self._directory)
+        with self._memory.lock(), self._memory.change():
+            for entry in old:
+                self._table.free_volume(entry)
+        return True

@@ -1,0 +1,123 @@
+"""Which needles of a volume are still needed: what the table points at, and what older needles must not undo.
+
+Owns the rule. Must not know what is done with the rest. Looks at the index of a volume and the table, at no data.
+
+*Concurrency:* reads the table without a lock, in one sweep: what changes meanwhile is looked at again when a needle's
+copy is made current. Only volumes that are sealed can be judged: nothing comes to point at them any more.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from imgfs.format import FLAG_BARE, FLAG_LAST, Kind
+from imgfs.layout import RECORDS_AT, Flag, Word
+from imgfs.load import INDEX_RECORDS, PUTS, RECORDS
+from imgfs.table import Table
+
+_DATA = [Kind.FILE, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK]
+
+
+class Needed:
+    """Judges the needles of volumes by the *table*; *held* are slots that handles are open on."""
+
+    def __init__(self, table: Table, held: Iterable[int] = ()) -> None:
+        self._table = table
+        self._slots = table.memory.words[Word.SLOTS]
+        self._records = np.frombuffer(table.memory.map, RECORDS, self._slots, RECORDS_AT)
+        self._held = np.zeros(self._slots, bool)
+        self._held[[slot for slot in held if slot < self._slots]] = True
+        # Slots that a volume which stays has a put for, older than the one in hand. What is held is copied though it is
+        # deleted, so that its needle outlives the volume.
+        self._older = self._held.copy()
+
+    def pass_by(self, records: bytes) -> None:
+        """Take note of an older volume that stays: what undoes its needles is needed for as long."""
+        index = np.frombuffer(records, INDEX_RECORDS)
+        slots = index["slot"][np.isin(index["kind"], PUTS)].astype(np.int64) - 1
+        self._older[slots[(slots >= 0) & (slots < self._slots)]] = True
+
+    def of(self, records: bytes, entry: int, sequences: dict[int, int]) -> npt.NDArray[np.bool_]:
+        """Return for each of the index *records* of the volume in row *entry* whether its needle is needed.
+
+        *sequences* tells the first sequence number of each row, which is their order.
+        """
+        index = np.frombuffer(records, INDEX_RECORDS)
+        kind = np.ascontiguousarray(index["kind"])
+        slot = index["slot"].astype(np.int64) - 1
+        inside = (slot >= 0) & (slot < self._slots)
+        record = self._records[np.where(inside, slot, 0)]
+        known = inside & (record["flags"] & Flag.KIND != 0)
+        known &= record["hash_generation"] >> 24 == index["hash_generation"] >> 24
+        dead = record["flags"] & Flag.DEAD != 0
+        alive = known & (~dead | self._held[np.where(inside, slot, 0)])
+        position = np.arange(len(index))
+        flags = np.where((kind == Kind.DELETE) | (kind == Kind.RENAME), index["owner"], 0)
+        target = index["mtime"] - 1
+
+        here = alive & (record["volume"] == entry) & (record["offset8"] == index["offset8"])
+        needed = np.isin(kind, _DATA) & here
+        directory = (kind == Kind.DIRECTORY) & alive & (record["flags"] & Flag.KIND == Kind.DIRECTORY)
+        needed |= directory & last_of_each(directory, slot)
+        named = alive & (record["name_volume"] == entry) & (record["name_offset"] == index["name_offset"])
+        needed |= (kind == Kind.RENAME) & named
+        needed |= self._undoing(kind, slot, flags, index, target)
+        # A name that went while the inode stays: its put may still give it.
+        bare = flags & FLAG_BARE > 0
+        needed |= (kind == Kind.DELETE) & bare & alive & (record["parent"] == 0)
+        stripped = index["size"].astype(np.int64) - 1
+        needed |= (kind == Kind.RENAME) & bare & self._is_alive(stripped)
+        # The end of a link moved the ctime of what it named.
+        needed |= ((kind == Kind.DELETE) | (kind == Kind.RENAME)) & self._is_alive(target)
+
+        attributes = (kind == Kind.ATTRIBUTES) & alive
+        needed |= attributes & last_of_each(attributes, slot) & ~self._put_later(record, entry, sequences)
+        owner = kind == Kind.OWNER
+        first = np.zeros(len(index), bool)
+        first[position[owner][np.unique(index["owner"][owner], return_index=True)[1]]] = True
+        needed |= first
+        for row in np.flatnonzero((kind == Kind.XATTR) & alive):
+            place = self._table.rare.get(int(slot[row]), int(index["hash_generation"][row]) >> 24)
+            needed[row] = place.volume == entry and place.offset8 == index["offset8"][row]
+        return needed
+
+    def _undoing(
+        self,
+        kind: npt.NDArray[np.uint8],
+        slot: npt.NDArray[np.int64],
+        flags: npt.NDArray[np.int64],
+        index: npt.NDArray[np.void],
+        target: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.bool_]:
+        """Return which deletes and renames take away what an older volume still puts."""
+        gone = (kind == Kind.DELETE) & self._was_put(slot)
+        gone |= (kind == Kind.RENAME) & self._was_put(index["size"].astype(np.int64) - 1)
+        undoing: npt.NDArray[np.bool_] = gone | (flags & FLAG_LAST > 0) & self._was_put(target)
+        return undoing
+
+    def _was_put(self, slot: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        inside = (slot >= 0) & (slot < self._slots)
+        put: npt.NDArray[np.bool_] = inside & self._older[np.where(inside, slot, 0)]
+        return put
+
+    def _is_alive(self, slot: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        inside = (slot >= 0) & (slot < self._slots)
+        flags = self._records["flags"][np.where(inside, slot, 0)]
+        alive: npt.NDArray[np.bool_] = inside & (flags & Flag.KIND != 0) & (flags & Flag.DEAD == 0)
+        return alive
+
+    def _put_later(self, record: npt.NDArray[np.void], entry: int, sequences: dict[int, int]) -> npt.NDArray[np.bool_]:
+        """Return which of *record*, no directories, a volume younger than *entry* puts whole."""
+        later = np.zeros(1 << 16, bool)
+        later[[row for row, sequence in sequences.items() if sequence > sequences[entry]]] = True
+        put: npt.NDArray[np.bool_] = (record["flags"] & Flag.KIND != Kind.DIRECTORY) & later[record["volume"]]
+        return put
+
+
+def last_of_each(chosen: npt.NDArray[np.bool_], slot: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Return which of the *chosen* rows is the last of its slot."""
+    rows = np.flatnonzero(chosen)[::-1]
+    result = np.zeros(len(chosen), bool)
+    result[rows[np.unique(slot[rows], return_index=True)[1]]] = True
+    return result

@@ -1,0 +1,164 @@
+"""Compaction: the tree stays what it was, now, after a kill, a restart and a rebuild; nothing deleted comes back."""
+
+import contextlib
+import random
+import stat
+from collections.abc import Callable, Iterator
+
+import pytest
+from stores import abandon_all, disk_of, killed, new_store, open_store, put, read_all, reopened
+
+from imgfs.errors import ImgfsError
+from imgfs.format import Kind
+from imgfs.layout import VOLUME_GONE, Word
+from imgfs.store import ROOT, Store
+
+Shown = dict[bytes, tuple[object, ...]]
+
+
+@pytest.fixture(autouse=True)
+def freed_memory() -> Iterator[None]:
+    yield
+    abandon_all()
+
+
+def rebuilt(store: Store) -> Store:
+    """Close *store* and open what its volumes alone say."""
+    store.close()
+    disk = disk_of(store)
+    for path in disk.paths():
+        if path.endswith((".idx", ".names")):
+            disk.unlink(path)
+    return open_store(disk, store.settings)
+
+
+def shown(store: Store, directory: int = ROOT, path: bytes = b"") -> Shown:
+    """Return all that can be seen of *store*, by path."""
+    found: Shown = {path or b"/": tuple(store.attr(directory)) + tuple(_xattrs(store, directory))}
+    for entry in store.list(directory):
+        attr, here = store.attr(entry.inode), path + b"/" + entry.name
+        assert store.lookup(directory, entry.name) == entry.inode
+        if attr.kind == Kind.DIRECTORY:
+            found |= shown(store, entry.inode, here)
+            continue
+        data = b""
+        if attr.kind == Kind.FILE:
+            handle = store.open_image(entry.inode)
+            data = read_all(store, handle)
+            store.release(handle)
+        elif attr.kind == Kind.SYMLINK:
+            data = store.readlink(entry.inode)
+        found[here] = (*attr, data, *_xattrs(store, entry.inode))
+    return found
+
+
+def _xattrs(store: Store, inode: int) -> list[tuple[bytes, bytes]]:
+    return [(name, store.get_xattr(inode, name)) for name in sorted(store.list_xattrs(inode))]
+
+
+class Changes:
+    """Random changes of a store; what makes no sense is passed over."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def one(self, store: Store) -> None:
+        pick = self._random
+        paths = list(_paths(store))
+        directories = [inode for _, _, inode, kind in paths if kind == Kind.DIRECTORY] + [ROOT]
+        files = [row for row in paths if row[3] != Kind.DIRECTORY]
+        name = b"%d" % pick.randrange(12)
+        parent = pick.choice(directories)
+        data = pick.randbytes(pick.choice([0, 10, 500, 3000, 9000]))
+        some = pick.choice(files) if files else None
+        match pick.randrange(14):
+            case 0 | 1 | 2 | 3:
+                _try(lambda: put(store, parent, name, data, pick.randrange(1 << 40)))
+            case 4:
+                _try(lambda: store.mkdir(parent, name, 0o755, 1, 1))
+            case 5 if some:
+                _try(lambda: store.unlink(some[0], some[1]))
+            case 6 if paths:
+                old = pick.choice(paths)
+                _try(lambda: store.rename(old[0], old[1], parent, name))
+            case 7 if some:
+                _try(lambda: store.link(some[2], parent, name))
+            case 8 if paths:
+                inode = pick.choice(paths)[2]
+                _try(lambda: store.set_attr(inode, mode=pick.randrange(0o1000), mtime_ns=pick.randrange(1 << 40)))
+            case 9 if paths:
+                inode = pick.choice(paths)[2]
+                _try(
+                    lambda: store.set_xattr(inode, b"user.%d" % pick.randrange(2), pick.randbytes(pick.randrange(300)))
+                )
+            case 10:
+                _try(lambda: store.symlink(parent, name, b"target" * pick.randrange(1, 9), 2, 2))
+            case 11:
+                _try(lambda: store.special(parent, name, stat.S_IFIFO | 0o600, 0, 3, 3))
+            case 12 if paths:
+                one, two = pick.choice(paths), pick.choice(paths)
+                _try(lambda: store.exchange(one[0], one[1], two[0], two[1]))
+            case 13 if paths:
+                old = pick.choice(paths)
+                _try(lambda: store.rmdir(old[0], old[1]))
+
+    def compact(self, store: Store, *, remove: bool = True) -> bool:
+        compaction = store.compaction()
+        rows = compaction.sealed()
+        if not rows:
+            return False
+        first = self._random.randrange(len(rows))
+        plan = compaction.plan(rows[first : first + self._random.randint(1, 4)], store.held())
+        row = compaction.run(plan, 0)
+        if remove:
+            assert compaction.remove(row, store.held())
+        return True
+
+
+def _try(change: Callable[[], object]) -> None:
+    with contextlib.suppress(ImgfsError):
+        change()
+
+
+def _paths(store: Store, directory: int = ROOT) -> Iterator[tuple[int, bytes, int, Kind]]:
+    for entry in list(store.list(directory)):
+        kind = store.attr(entry.inode).kind
+        yield directory, entry.name, entry.inode, kind
+        if kind == Kind.DIRECTORY:
+            yield from _paths(store, entry.inode)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_nothing_changes(seed: int) -> None:
+    changes, pick = Changes(seed), random.Random(-seed - 1)
+    store = new_store()
+    compacted = 0
+    for _ in range(14):
+        for _ in range(30):
+            changes.one(store)
+        before = shown(store)
+        compacted += changes.compact(store)
+        assert shown(store) == before
+        again = pick.choice([killed, reopened, rebuilt])
+        store = again(store)
+        assert shown(store) == before, again.__name__
+        assert not store.report.damage
+        assert not [found for found in store.check() if hasattr(found, "text")]
+    assert compacted > 5
+
+
+def test_a_store_that_is_filled_and_emptied_stays_small() -> None:
+    store = new_store()
+    sizes = []
+    for _ in range(6):
+        for number in range(100):
+            put(store, ROOT, b"%d" % number, bytes(3000))
+        for number in range(100):
+            store.unlink(ROOT, b"%d" % number)
+        compaction = store.compaction()
+        row = compaction.run(compaction.plan(compaction.sealed()), 0)
+        assert compaction.remove(row, store.held())
+        sizes.append((store.counts().volume_bytes, store._memory.words[Word.VOLUMES], store._memory.words[Word.SLOTS]))
+    assert sizes[-1] == pytest.approx(sizes[1], rel=0.2)
+    assert {row.flags & VOLUME_GONE for row in map(store._table.volume, range(sizes[-1][1]))} == {0, VOLUME_GONE}
+    assert shown(rebuilt(store)).keys() == {b"/"}
