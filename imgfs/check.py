@@ -85,6 +85,8 @@ class _VolumeCheck:
         self._check_header()
         for item in self._volume.scan(NEEDLES_START, self._end):
             if isinstance(item, Gap):
+                if self._volume.is_hole(item.start, item.end):
+                    continue
                 self._bad.append(_Bad(item.start, item.end, "no needle can be recognised here", None))
                 continue
             offset, needle = item
@@ -97,6 +99,8 @@ class _VolumeCheck:
                     yield Checked(self.needles, offset + read)
             except Damaged:
                 end = offset + needle.length
+                if self._volume.touches_hole(offset, end):
+                    continue  # it was deleted; if anybody needs it all the same, its needle is missed
                 self._bad.append(_Bad(offset, end, "the data does not match its checksum", needle))
             else:
                 if needle.kind in _POINTED_AT:

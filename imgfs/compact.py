@@ -148,8 +148,8 @@ class Compaction:
         volume_id, path = self._reserve()
         try:
             header = self._copy(plan, volume_id, path, copied)
-            # What was left out is undone by needles that power loss must not take any more. Nor may a start take them for
-            # changes of something that is not there, as when it replays them one by one.
+            # What was left out is undone by needles that power loss must not take any more. Nor may a start replay
+            # them one by one, as changes of something that is not there.
             self._checkpoint()
             self._disk.rename(path + ".new", path)
             self._disk.sync_directory(self._directory)

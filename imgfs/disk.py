@@ -6,6 +6,7 @@ Owns nothing but the descriptors it hands out. Must not know what the bytes mean
 threads at once, each call with its own offset.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -27,6 +28,10 @@ _IOV_MAX = 1024
 
 class WouldBlock(Exception):
     """The bytes are not in memory; ask again from a thread that may wait for the disk."""
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE, which needs FALLOC_FL_KEEP_SIZE
 
 
 class Disk:
@@ -128,6 +133,28 @@ class Disk:
         except OSError:
             return False
         return True
+
+    def punch(self, file: int, offset: int, size: int) -> bool:
+        """Free the blocks of *size* bytes at *offset*, which read as zeros; return whether the file system can."""
+        if _libc.fallocate64(file, _PUNCH_HOLE, ctypes.c_int64(offset), ctypes.c_int64(size)) == 0:
+            return True
+        number = ctypes.get_errno()
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        raise OSError(number, os.strerror(number))
+
+    def next_data(self, file: int, offset: int) -> int:
+        """Return where at or behind *offset* there is anything but a hole; the size of the file if nowhere."""
+        try:
+            return os.lseek(file, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return os.fstat(file).st_size
+
+    def allocated_bytes(self, file: int) -> int:
+        """Return how much of the disk *file* takes."""
+        return os.fstat(file).st_blocks * 512
 
     # -- names ------------------------------------------------------------------------------------------------
 

@@ -80,7 +80,32 @@ class Needed:
         for row in np.flatnonzero((kind == Kind.XATTR) & alive):
             place = self._table.rare.get(int(slot[row]), int(index["hash_generation"][row]) >> 24)
             needed[row] = place.volume == entry and place.offset8 == index["offset8"][row]
-        return needed
+        result: npt.NDArray[np.bool_] = needed
+        return result
+
+    def dead(self, records: bytes, entry: int, until_s: int) -> npt.NDArray[np.bool_]:
+        """Return for each of the index *records* of the volume in row *entry* whether its bytes may be freed.
+
+        So may those of images, symbolic links and attributes that went before *until_s*, if they are not held.
+        The time of that is not known, but no later than the last change of what is in the slot now.
+        """
+        index = np.frombuffer(records, INDEX_RECORDS)
+        kind = np.ascontiguousarray(index["kind"])
+        slot = index["slot"].astype(np.int64) - 1
+        inside = (slot >= 0) & (slot < self._slots)
+        at = np.where(inside, slot, 0)
+        record = self._records[at]
+        same = record["hash_generation"] >> 24 == index["hash_generation"] >> 24
+        current = (record["volume"] == entry) & (record["offset8"] == index["offset8"]) & same
+        current &= (record["flags"] & Flag.DEAD == 0) | self._held[at]
+        dead = np.isin(kind, [Kind.FILE, Kind.SYMLINK]) & inside & ~current & ~(self._held[at] & same)
+        dead &= (record["flags"] & Flag.KIND != 0) & (record["ctime"] < until_s)
+        for row in np.flatnonzero((kind == Kind.XATTR) & inside):
+            place = self._table.rare.get(int(slot[row]), int(index["hash_generation"][row]) >> 24)
+            here = place.volume == entry and place.offset8 == index["offset8"][row]
+            dead[row] = not here and not self._held[slot[row]] and record["ctime"][row] < until_s
+        result: npt.NDArray[np.bool_] = dead
+        return result
 
     def _undoing(
         self,

@@ -168,6 +168,8 @@ class _Survey:
             return None if offset < self.durable or self._volume.whole(needle, offset) else offset
         if item.start >= self.durable:
             return item.start
+        if item.end <= self.durable and self._volume.is_hole(item.start, item.end):
+            return None  # what was there was deleted
         end = min(item.end, self.durable)
         text = "no image can be recognised here"
         self.damage.append(Damage(self._volume.header.volume_id, item.start, end - item.start, text))

@@ -20,6 +20,7 @@ from imgfs.disk import Buffer, Disk
 from imgfs.errors import IsADirectory
 from imgfs.format import Kind, seconds, slot_of
 from imgfs.handles import WRITE
+from imgfs.holes import Holes
 from imgfs.layout import Flag
 from imgfs.memory import Memory
 from imgfs.opening import ROOT, Opened, attach_parts, make_store, open_parts
@@ -207,6 +208,11 @@ class Store(Xattrs):
         checkpoint = functools.partial(self._images.writer().sync, final=True)
         directory = f"{self.path}/{VOLUMES}"
         return Compaction(self._disk, directory, self.superblock, self._table, self._volumes, checkpoint)
+
+    def holes(self) -> Holes:
+        """Return what frees the space of deleted images; the store must be open for writing."""
+        self._images.writer()
+        return Holes(self._disk, self._table, self._volumes, self.sync)
 
     def held(self) -> list[int]:
         """Return the slots that handles are open on."""

@@ -34,6 +34,7 @@ from imgfs.format import (
 
 # A scan reads so much at once: many small needles, or one header and a little of a large image.
 _WINDOW_BYTES = 256 << 10
+HOLE_BYTES = 4096  # what is freed is a multiple of this, at multiples of it
 _MAGIC = NEEDLE_MAGIC.to_bytes(4, "little")
 
 
@@ -165,6 +166,36 @@ class Volume:
             return False
         return True
 
+    def punch(self, start: int, end: int) -> int:
+        """Free the whole blocks between *start* and *end*; return how many bytes, -1 where it cannot be done."""
+        first, last = -(-start // HOLE_BYTES) * HOLE_BYTES, end // HOLE_BYTES * HOLE_BYTES
+        if last <= first:
+            return 0
+        return last - first if self._disk.punch(self._file, first, last - first) else -1
+
+    def is_hole(self, start: int, end: int) -> bool:
+        """Return whether the bytes from *start* on are what `punch` leaves, up to the last block before *end*."""
+        last = end // HOLE_BYTES * HOLE_BYTES
+        position = self._disk.next_data(self._file, start)
+        if last <= start:
+            return False
+        # A copy of the file may have zeros in place of its holes; and the first of them may be within a block.
+        position = start if position < last else last
+        while position < last:
+            data = self.read(position, min(_WINDOW_BYTES, last - position))
+            if not data or data.count(0) != len(data):
+                return False
+            position += len(data)
+        return True
+
+    def touches_hole(self, start: int, end: int) -> bool:
+        """Return whether any of the blocks that hold the bytes from *start* to *end* is one that `punch` left."""
+        for block in range(start // HOLE_BYTES * HOLE_BYTES, end, HOLE_BYTES):
+            data = self.read(block, HOLE_BYTES)
+            if len(data) == HOLE_BYTES and not data.strip(b"\0"):
+                return True
+        return False
+
     def scan(self, start: int, end: int) -> Iterator[tuple[int, Needle] | Gap]:
         """Yield (offset, needle) for each needle between *start* and *end*, and the gaps; reads headers only."""
         window, window_start = b"", start
@@ -186,6 +217,7 @@ class Volume:
         """Return where the next needle at or after *start* lies; *end* if there is none."""
         position = start
         while position + NEEDLE_HEADER_BYTES <= end:
+            position = max(position, self._disk.next_data(self._file, position) // ALIGNMENT * ALIGNMENT)
             window = self.read(position, min(_WINDOW_BYTES, end - position))
             found = window.find(_MAGIC)
             while found >= 0:

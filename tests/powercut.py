@@ -274,6 +274,17 @@ class SimulatedDisk(Disk):
         self._call("hint_extent_size")
         return False
 
+    def punch(self, file: int, offset: int, size: int) -> bool:
+        data = self.read(file, offset, size)
+        self.write(file, offset, [bytes(len(data))])
+        return True
+
+    def next_data(self, file: int, offset: int) -> int:
+        return min(offset, self.size(file))
+
+    def allocated_bytes(self, file: int) -> int:
+        return self.size(file)
+
     def names(self, directory: str) -> list[str]:
         self._call("names", directory)
         return sorted(self._tree.directory(directory).names)
