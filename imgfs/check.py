@@ -40,6 +40,8 @@ class _Bad(NamedTuple):
     end: int
     text: str
     needle: Needle | None
+    hole: bool = False
+    """They may be what is left of something deleted whose space was given back; if nothing needs it, it is."""
 
 
 def check_volumes(table: Table, volumes: Volumes) -> Iterator[Checked | Damage]:
@@ -85,9 +87,8 @@ class _VolumeCheck:
         self._check_header()
         for item in self._volume.scan(NEEDLES_START, self._end):
             if isinstance(item, Gap):
-                if self._volume.is_hole(item.start, item.end):
-                    continue
-                self._bad.append(_Bad(item.start, item.end, "no needle can be recognised here", None))
+                hole = self._volume.is_hole(item.start, item.end)
+                self._bad.append(_Bad(item.start, item.end, "no needle can be recognised here", None, hole))
                 continue
             offset, needle = item
             self.needles += 1
@@ -99,9 +100,8 @@ class _VolumeCheck:
                     yield Checked(self.needles, offset + read)
             except Damaged:
                 end = offset + needle.length
-                if self._volume.touches_hole(offset, end):
-                    continue  # it was deleted; if anybody needs it all the same, its needle is missed
-                self._bad.append(_Bad(offset, end, "the data does not match its checksum", needle))
+                hole = self._volume.touches_hole(offset, end)
+                self._bad.append(_Bad(offset, end, "the data does not match its checksum", needle, hole))
             else:
                 if needle.kind in _POINTED_AT:
                     self._offsets.append(offset // ALIGNMENT)
@@ -134,7 +134,7 @@ class _VolumeCheck:
                 text = "its extended attributes are damaged" if attributes else text
                 end = item.end if item.needle else offset
                 yield Damage(volume_id, offset, max(end - offset, ALIGNMENT), text, inode)
-            if not concerned:
+            if not concerned and not item.hole:
                 text = item.text + ("; no image needs it any more" if item.needle else "")
                 yield Damage(volume_id, item.start, item.end - item.start, text)
         for offset, (inode, _) in sorted(lost.items()):

@@ -32,8 +32,8 @@ from imgfs.index import checkpoint, index_paths, names_a_name, names_header, pac
 from imgfs.layout import AT_NAME_OFFSET, AT_NAME_VOLUME, AT_OFFSET8, AT_VOLUME, VOLUME_GONE, VOLUME_SEALED, Flag, Word
 from imgfs.load import INDEX_RECORDS, PUTS, references
 from imgfs.needed import Needed, last_of_each
-from imgfs.superblock import Superblock
 from imgfs.records import VolumeEntry
+from imgfs.superblock import Superblock
 from imgfs.table import Table
 from imgfs.volume import Volume
 from imgfs.volumes import Volumes, volume_path

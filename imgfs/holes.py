@@ -34,12 +34,12 @@ class Punched(NamedTuple):
 class Holes:
     """Frees the blocks of dead needles of an open store."""
 
-    def __init__(self, disk: Disk, table: Table, volumes: Volumes, sync: Callable[[], None]) -> None:
-        """*sync* makes all durable that was appended so far."""
+    def __init__(self, disk: Disk, table: Table, volumes: Volumes, checkpoint: Callable[[], None]) -> None:
+        """*checkpoint* makes all durable that was appended so far, and vouches for its index."""
         self._disk = disk
         self._table = table
         self._volumes = volumes
-        self._sync = sync
+        self._checkpoint = checkpoint
         # What the last call for a row has punched: where the runs start, and where they end.
         self._done: dict[int, tuple[int, frozenset[tuple[int, int]]]] = {}
 
@@ -58,8 +58,11 @@ class Holes:
         fresh = [run for run in runs if run not in done]
         if not fresh:
             return Punched(0, 0)
-        # What killed them must not be taken back by power loss.
-        self._sync()
+        # What killed them must not be taken back by power loss, nor a hole be taken for the torn end of the log.
+        self._checkpoint()
+        words = self._table.memory.words
+        if row == words[Word.ACTIVE] and words[Word.CHECKPOINT_RECORDS] < words[Word.INDEX_RECORDS]:
+            return Punched(0, 0)  # on a full disk there was no room for one
         holes = freed = 0
         try:
             volume = Volume.open(self._disk, path, writable=True)

@@ -35,7 +35,7 @@ class Needed:
     def pass_by(self, records: bytes) -> None:
         """Take note of an older volume that stays: what undoes its needles is needed for as long."""
         index = np.frombuffer(records, INDEX_RECORDS)
-        slots = index["slot"][np.isin(index["kind"], PUTS)].astype(np.int64) - 1
+        slots = index["slot"][np.isin(index["kind"], [*PUTS, Kind.XATTR])].astype(np.int64) - 1
         self._older[slots[(slots >= 0) & (slots < self._slots)]] = True
 
     def of(self, records: bytes, entry: int, sequences: dict[int, int]) -> npt.NDArray[np.bool_]:
@@ -77,9 +77,13 @@ class Needed:
         first = np.zeros(len(index), bool)
         first[position[owner][np.unique(index["owner"][owner], return_index=True)[1]]] = True
         needed |= first
-        for row in np.flatnonzero((kind == Kind.XATTR) & alive):
+        attributes = (kind == Kind.XATTR) & alive
+        for row in np.flatnonzero(attributes):
             place = self._table.rare.get(int(slot[row]), int(index["hash_generation"][row]) >> 24)
             needed[row] = place.volume == entry and place.offset8 == index["offset8"][row]
+        # What says that there are none any more.
+        none = attributes & (index["size"] == 0)
+        needed |= none & last_of_each(attributes, slot) & self._was_put(slot)
         result: npt.NDArray[np.bool_] = needed
         return result
 

@@ -211,8 +211,8 @@ class Store(Xattrs):
 
     def holes(self) -> Holes:
         """Return what frees the space of deleted images; the store must be open for writing."""
-        self._images.writer()
-        return Holes(self._disk, self._table, self._volumes, self.sync)
+        checkpoint = functools.partial(self._images.writer().sync, final=True)
+        return Holes(self._disk, self._table, self._volumes, checkpoint)
 
     def held(self) -> list[int]:
         """Return the slots that handles are open on."""

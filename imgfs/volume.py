@@ -13,6 +13,7 @@ from imgfs.errors import Damaged
 from imgfs.format import (
     ALIGNMENT,
     CHUNK_BYTES,
+    NEEDLE_HEADER,
     NEEDLE_HEADER_BYTES,
     NEEDLE_HEADER_BYTES_MAX,
     NEEDLE_MAGIC,
@@ -174,27 +175,40 @@ class Volume:
         return last - first if self._disk.punch(self._file, first, last - first) else -1
 
     def is_hole(self, start: int, end: int) -> bool:
-        """Return whether the bytes from *start* on are what `punch` leaves, up to the last block before *end*."""
-        last = end // HOLE_BYTES * HOLE_BYTES
-        position = self._disk.next_data(self._file, start)
-        if last <= start:
-            return False
-        # A copy of the file may have zeros in place of its holes; and the first of them may be within a block.
-        position = start if position < last else last
-        while position < last:
-            data = self.read(position, min(_WINDOW_BYTES, last - position))
+        """Return whether the bytes from *start* to *end*, where no needle was found, are what `punch` leaves.
+
+        Before the first of its blocks there may stand the beginning of a header, which it has cut; behind the last
+        one the rest of a needle.
+        """
+        first, last = start // HOLE_BYTES * HOLE_BYTES, end // HOLE_BYTES * HOLE_BYTES
+        if not self._is_zero(first, first + HOLE_BYTES):
+            first += HOLE_BYTES
+            if first - start >= self._header_bytes(start):
+                return False
+        return first < last and self._is_zero(first, last)
+
+    def _is_zero(self, start: int, end: int) -> bool:
+        """Return whether all bytes from *start* to *end* are zeros. A copy of the file may have them for holes."""
+        for position in range(start, end, _WINDOW_BYTES):
+            if self._disk.next_data(self._file, position) >= end:
+                return True
+            data = self.read(position, min(_WINDOW_BYTES, end - position))
             if not data or data.count(0) != len(data):
                 return False
-            position += len(data)
         return True
+
+    def _header_bytes(self, offset: int) -> int:
+        """Return how long the header and name at *offset* are, which need not be whole; at most what they can be."""
+        data = self.read(offset, NEEDLE_HEADER.size)
+        if len(data) < NEEDLE_HEADER.size or not data.startswith(_MAGIC):
+            return NEEDLE_HEADER_BYTES_MAX
+        fields = NEEDLE_HEADER.unpack(data)
+        return min(NEEDLE_HEADER_BYTES_MAX, fields[1] + (fields[-2] or NEEDLE_HEADER_BYTES_MAX))
 
     def touches_hole(self, start: int, end: int) -> bool:
         """Return whether any of the blocks that hold the bytes from *start* to *end* is one that `punch` left."""
-        for block in range(start // HOLE_BYTES * HOLE_BYTES, end, HOLE_BYTES):
-            data = self.read(block, HOLE_BYTES)
-            if len(data) == HOLE_BYTES and not data.strip(b"\0"):
-                return True
-        return False
+        blocks = range(start // HOLE_BYTES * HOLE_BYTES, end, HOLE_BYTES)
+        return any(self._is_zero(block, block + HOLE_BYTES) for block in blocks)
 
     def scan(self, start: int, end: int) -> Iterator[tuple[int, Needle] | Gap]:
         """Yield (offset, needle) for each needle between *start* and *end*, and the gaps; reads headers only."""

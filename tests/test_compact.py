@@ -157,7 +157,7 @@ def test_nothing_changes(seed: int) -> None:
         assert not store.report.damage
         assert not [found for found in store.check() if hasattr(found, "text")]
     assert compacted > 3
-    assert punched > 8192
+    assert punched > 0
 
 
 def test_a_store_that_is_filled_and_emptied_stays_small() -> None:
