@@ -11,16 +11,18 @@ batch at a time, and moves only what still points at a replaced volume. One comp
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from imgfs.buckets import record_at
 from imgfs.disk import Disk
 from imgfs.errors import Damaged, StoreFull, disk_error
 from imgfs.format import (
-    INDEX_RECORD_BYTES,
+    ALIGNMENT,
     NEEDLES_START,
     REPLACES_MAX,
     VOLUME_BYTES_LIMIT,
@@ -28,31 +30,69 @@ from imgfs.format import (
     Needle,
     VolumeHeader,
 )
-from imgfs.index import checkpoint, index_paths, names_a_name, names_header, pack_name, pack_record, state_of
+from imgfs.index import (
+    checkpoint,
+    index_paths,
+    names_a_name,
+    names_header,
+    pack_name,
+    pack_record,
+    read_records,
+    state_of,
+)
 from imgfs.layout import AT_NAME_OFFSET, AT_NAME_VOLUME, AT_OFFSET8, AT_VOLUME, VOLUME_GONE, VOLUME_SEALED, Flag, Word
 from imgfs.load import INDEX_RECORDS, PUTS, references
-from imgfs.needed import Needed, last_of_each
+from imgfs.needed import NEVER_S, Needed, last_of_each
 from imgfs.records import VolumeEntry
 from imgfs.superblock import Superblock
 from imgfs.table import Table
 from imgfs.volume import Volume
-from imgfs.volumes import Volumes, volume_path
+from imgfs.volumes import SUFFIX, Volumes, volume_path
 
 log = logging.getLogger(__name__)
 
+# Behind the names of files that are not published yet; those of a volume that is begun have another, see rolling.py.
+COPY = ".copy"
 _BATCH = 256  # needles that are made current in one step
 _WRITE_BYTES = 1 << 20
 
 
+class Share(NamedTuple):
+    """What a compaction of one volume would do."""
+
+    row: int
+    volume_id: int
+    file_bytes: int
+    disk_bytes: int
+    """What it takes of the disk, less than its length where holes were punched."""
+    needed_bytes: int
+    """What a copy would take."""
+
+    @property
+    def gain_bytes(self) -> int:
+        """What the disk would have more of."""
+        return self.disk_bytes - self.needed_bytes
+
+
 @dataclass
 class Plan:
-    """What a compaction of some volumes would do: rows of the volume table, in the order of their sequence numbers."""
+    """What a compaction of some volumes copies: rows of the volume table, in the order of their sequence numbers."""
 
     rows: list[int]
-    needed: list["np.ndarray[tuple[int], np.dtype[np.bool_]]"] = field(default_factory=list)
+    needed: list["npt.NDArray[np.bool_]"] = field(default_factory=list)
     records: list[bytes] = field(default_factory=list)
-    bytes_before: int = 0
-    bytes_after: int = 0
+    bytes_after: int = NEEDLES_START
+
+
+class Keep(NamedTuple):
+    """What a compaction must keep though it is dead."""
+
+    held: Sequence[int] = ()
+    """Slots that handles are open on."""
+    cutoff_s: int = NEVER_S
+    """What went at that time or later is kept for those who want it back."""
+    expired: Mapping[int, "npt.NDArray[np.bool_]"] = {}
+    """By volume id: needles that are known to be dead since before that."""
 
 
 class Compaction:
@@ -87,53 +127,66 @@ class Compaction:
                 rows.append((entry.first_sequence, entry.volume_id, row))
         return [row for _, _, row in sorted(rows)]
 
-    def plan(self, rows: Sequence[int], held: Sequence[int] = ()) -> Plan:
-        """Return what compacting *rows*, neighbours in `sealed`, would do; slots in *held* have handles open.
+    def survey(self, keep: Keep) -> list[Share]:
+        """Return what compacting each of `sealed` would do. Damaged, as `plan`."""
+        judge = Needed(self._table, keep.held, keep.cutoff_s)
+        sequences = self._sequences()
+        shares = []
+        for row in self.sealed():
+            volume, records = self._volumes.get(row).volume, self._records(row)
+            needed, lengths = self._judge(judge, row, records, sequences, keep)
+            judge.pass_by(records)
+            size = NEEDLES_START + int(lengths[needed].sum())
+            file_bytes = self._table.volume(row).end
+            shares.append(Share(row, volume.header.volume_id, file_bytes, volume.allocated_bytes(), size))
+        return shares
+
+    def plan(self, rows: Sequence[int], keep: Keep) -> Plan:
+        """Return what compacting *rows*, neighbours in `sealed`, would copy.
 
         Raises:
             Damaged: the index of one of them is not whole; it is made again when the store is opened.
         """
-        judge = Needed(self._table, held)
+        judge = Needed(self._table, keep.held, keep.cutoff_s)
         order = self.sealed()
         first = order.index(rows[0])
         assert order[first : first + len(rows)] == list(rows), "what lies between them would lose its place"
         for row in order[:first]:
             judge.pass_by(self._records(row))
-        sequences = {row: self._table.volume(row).first_sequence for row in range(self._memory.words[Word.VOLUMES])}
+        sequences = self._sequences()
         plan = Plan(list(rows))
         owners: set[int] = set()
         for row in rows:
             records = self._records(row)
-            needed = judge.of(records, row, sequences)
+            needed, lengths = self._judge(judge, row, records, sequences, keep)
             index = np.frombuffer(records, INDEX_RECORDS)
             for at in np.flatnonzero(needed & (index["kind"] == Kind.OWNER)):
                 needed[at] = int(index["owner"][at]) not in owners
                 owners.add(int(index["owner"][at]))
-            ends = np.append(index["offset8"][1:], (self._table.volume(row).end + 7) // 8).astype(np.int64)
-            lengths = (ends - index["offset8"]) * 8
             plan.needed.append(needed)
             plan.records.append(records)
-            plan.bytes_before += self._table.volume(row).end
             plan.bytes_after += int(lengths[needed].sum())
-        plan.bytes_after += NEEDLES_START
         return plan
 
+    def _sequences(self) -> dict[int, int]:
+        return {row: self._table.volume(row).first_sequence for row in range(self._memory.words[Word.VOLUMES])}
+
+    def _judge(
+        self, judge: Needed, row: int, records: bytes, sequences: dict[int, int], keep: Keep
+    ) -> tuple["npt.NDArray[np.bool_]", "npt.NDArray[np.int64]"]:
+        """Return which needles of the volume in *row* are needed, and how long each is."""
+        expired = keep.expired.get(self._table.volume(row).volume_id)
+        needed = judge.of(records, row, sequences, expired)
+        offsets = np.frombuffer(records, INDEX_RECORDS)["offset8"].astype(np.int64) * ALIGNMENT
+        return needed, np.append(offsets[1:], self._table.volume(row).end) - offsets
+
     def _records(self, row: int) -> bytes:
-        """Return the index records of the sealed volume in *row*, all of them."""
-        volume = self._volumes.get(row).volume
-        file = self._disk.open(index_paths(volume.path).records)
-        try:
-            data = self._disk.read(file, 0, self._disk.size(file))
-        finally:
-            self._disk.close(file)
-        if len(data) % INDEX_RECORD_BYTES or not data:
-            raise Damaged(f"{index_paths(volume.path).records} is not whole; run imgfs rebuild-index")
-        return data
+        return read_records(self._disk, self._volumes.get(row).volume.path)
 
     # -- doing it ---------------------------------------------------------------------------------------------
 
     def run(self, plan: Plan, room_bytes: int, copied: Callable[[int], None] = lambda _: None) -> int:
-        """Copy, publish and make current; return the row of the new volume. The old ones wait for `remove`.
+        """Copy and publish; return the row of the new volume. `unfinished` and `remove` do the rest.
 
         *copied* is called with the bytes written so far, and may wait or raise to end the compaction.
 
@@ -151,7 +204,7 @@ class Compaction:
             # What was left out is undone by needles that power loss must not take any more. Nor may a start replay
             # them one by one, as changes of something that is not there.
             self._checkpoint()
-            self._disk.rename(path + ".new", path)
+            self._disk.rename(path + COPY, path)
             self._disk.sync_directory(self._directory)
         except OSError as error:
             self._discard(path)
@@ -159,28 +212,25 @@ class Compaction:
         except BaseException:
             self._discard(path)
             raise
-        row = self.enter(header, path)
-        self.make_current(row)
-        return row
+        return self._enter(header, path)
 
     def _reserve(self) -> tuple[int, str]:
         """Return the id and path of a new volume; what a compaction that was killed has left is removed."""
         with self._memory.lock():
             names = self._disk.names(self._directory)
             for name in names:
-                if name.endswith(".new"):
-                    self._discard(f"{self._directory}/{name.removesuffix('.new')}")
+                if name.endswith(COPY):
+                    self._disk.unlink(f"{self._directory}/{name}")
             stems = [name.partition(".")[0] for name in names]
             volume_id = 1 + max((int(stem) for stem in stems if stem.isdigit()), default=0)
             path = volume_path(self._directory, volume_id)
-            self._disk.close(self._disk.open(path + ".new", writable=True, create=True))
+            self._disk.close(self._disk.open(path + COPY, writable=True, create=True))
             return volume_id, path
 
     def _discard(self, path: str) -> None:
-        paths = index_paths(path)
-        for each in (path + ".new", paths.records, paths.names):
-            if self._disk.exists(each):
-                self._disk.unlink(each)
+        for each in (path, *index_paths(path)):
+            if self._disk.exists(each + COPY):
+                self._disk.unlink(each + COPY)
 
     def _copy(self, plan: Plan, volume_id: int, path: str, copied: Callable[[int], None]) -> VolumeHeader:
         """Write the new volume and its index, all of it durable but not published."""
@@ -197,7 +247,7 @@ class Compaction:
             sources[0].header.previous,
             replaces,
         )
-        volume = Volume.create(self._disk, path + ".new", header, 0)
+        volume = Volume.create(self._disk, path + COPY, header, 0)
         try:
             records, names = bytearray(), bytearray(names_header(volume_id))
             offset, last = NEEDLES_START, 0
@@ -214,19 +264,44 @@ class Compaction:
             records += pack_record(seal, offset, 0, 0)
             volume.sync()
             for name, data in zip(index_paths(path), (records, names), strict=True):
-                self._write_file(name, bytes(data))
+                self._write_file(name + COPY, bytes(data))
         finally:
             volume.close()
         return header
 
     def _wanted(self, plan: Plan, sources: Sequence[Volume]) -> Iterator[tuple[Volume, Needle, int]]:
-        """Yield (volume, needle, offset) of all that is needed, owners first: what they mean comes before its use."""
+        """Yield (volume, needle, offset) of all that is needed, owners first: what they mean comes before its use.
+
+        Raises:
+            Damaged: one of them is not what was written.
+        """
         for owners in (True, False):
-            for source, needed, records in zip(sources, plan.needed, plan.records, strict=True):
+            for row, source, needed, records in zip(plan.rows, sources, plan.needed, plan.records, strict=True):
                 index = np.frombuffer(records, INDEX_RECORDS)
-                chosen = needed & ((index["kind"] == Kind.OWNER) == owners)
-                for offset8 in index["offset8"][chosen].tolist():
-                    yield source, source.header_at(offset8 * 8), offset8 * 8
+                for record in index[needed & ((index["kind"] == Kind.OWNER) == owners)]:
+                    offset = int(record["offset8"]) * ALIGNMENT
+                    try:
+                        needle = source.header_at(offset)
+                        if needle.data_size and not source.whole(needle, offset):
+                            raise Damaged(f"{source.path}: the data of the needle at {offset} is damaged")
+                    except Damaged:
+                        if not self._is_left_over(row, record, source, offset):
+                            raise
+                    else:
+                        yield source, needle, offset
+
+    def _is_left_over(self, row: int, record: "np.void", source: Volume, offset: int) -> bool:
+        """Return whether the damaged needle that the index *record* is about was deleted and punched out."""
+        slot, generation = int(record["slot"]) - 1, int(record["hash_generation"]) >> 24
+        if record["kind"] == Kind.XATTR:
+            place = self._table.rare.get(slot, generation)
+            current = place.volume == row and place.offset8 == record["offset8"]
+        elif record["kind"] in (Kind.FILE, Kind.SYMLINK):
+            now = self._table.record(slot)
+            current = now.live and now.volume == row and now.offset8 == record["offset8"]
+        else:
+            return False
+        return not current and source.touches_hole(offset, offset + ALIGNMENT + int(record["size"]))
 
     def _copy_needle(
         self,
@@ -261,8 +336,30 @@ class Compaction:
 
     # -- making current ---------------------------------------------------------------------------------------
 
-    def enter(self, header: VolumeHeader, path: str) -> int:
+    def unfinished(self) -> list[int]:
+        """Return the rows of volumes that replace others, their needles made current, for which `remove` is due."""
+        known = {self._table.volume(row).volume_id for row in range(self._memory.words[Word.VOLUMES])}
+        for name in self._disk.names(self._directory):
+            stem, _, suffix = name.partition(".")
+            if suffix == SUFFIX[1:] and stem.isdigit() and int(stem) not in known:
+                path = f"{self._directory}/{name}"
+                try:
+                    volume = Volume.open(self._disk, path)
+                except Damaged:
+                    continue
+                volume.close()
+                if volume.header.replaces:
+                    self._enter(volume.header, path)
+        rows = [row for row in self.sealed() if self._replaced_rows(row)]
+        for row in rows:
+            self._make_current(row)
+        return rows
+
+    def _enter(self, header: VolumeHeader, path: str) -> int:
         """Give the published volume with that *header* a row, unless it has one; return it."""
+        for each in index_paths(path):
+            if self._disk.exists(each + COPY):
+                self._disk.rename(each + COPY, each)
         with self._memory.lock():
             for row in range(self._memory.words[Word.VOLUMES]):
                 entry = self._table.volume(row)
@@ -275,13 +372,13 @@ class Compaction:
                 entry = VolumeEntry(header.volume_id, end, header.first_sequence, VOLUME_SEALED)
                 return self._table.add_volume(entry)
 
-    def make_current(self, row: int) -> None:
+    def _make_current(self, row: int) -> None:
         """Let the table point at the copies in the volume in *row* wherever it points at what that replaces."""
         old = self._replaced_rows(row)
         index = np.frombuffer(self._records(row), INDEX_RECORDS)
         slots = index["slot"].astype(np.int64)
         naming = last_of_each(np.isin(index["kind"], [*PUTS, Kind.RENAME]), slots)
-        chosen = naming | (index["kind"] == Kind.XATTR)
+        chosen = naming | last_of_each(index["kind"] == Kind.XATTR, slots) & (index["size"] > 0)
         # Of several puts of an inode the last one counts: others are kept for those who may want them back.
         chosen |= last_of_each(np.isin(index["kind"], PUTS), slots)
         rows = list(zip(index[chosen].tolist(), naming[chosen].tolist(), strict=True))
@@ -291,7 +388,9 @@ class Compaction:
                     self._move(record, row, old, names=names)
 
     def _replaced_rows(self, row: int) -> set[int]:
-        ids = set(self._volumes.get(row).volume.header.replaces)
+        ids = self._volumes.get(row).volume.header.replaces
+        if not ids:
+            return set()
         rows = range(self._memory.words[Word.VOLUMES])
         return {each for each in rows if self._table.volume(each).volume_id in ids and each != row}
 
@@ -321,7 +420,7 @@ class Compaction:
     # -- removing ---------------------------------------------------------------------------------------------
 
     def remove(self, row: int, held: Sequence[int]) -> bool:
-        """Remove what the volume in *row* replaces, and free the rows; return whether nothing needs it any more.
+        """Remove what the volume in *row* replaces, and free the rows; return whether nothing needed it any more.
 
         Call it when every worker has answered what it had in hand when `run` returned. *held* are slots that handles
         are open on: the bytes of an unlinked image may be needed still.
@@ -337,7 +436,7 @@ class Compaction:
                 if self._disk.exists(each):
                     self._disk.unlink(each)
         self._disk.sync_directory(self._directory)
-        with self._memory.lock(), self._memory.change():
-            for entry in old:
+        for entry in old:
+            with self._memory.lock():
                 self._table.free_volume(entry)
         return True

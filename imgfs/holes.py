@@ -11,17 +11,20 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from imgfs.disk import Disk
 from imgfs.errors import disk_error
 from imgfs.format import ALIGNMENT, INDEX_RECORD_BYTES, NEEDLE_HEADER_BYTES_MAX
-from imgfs.index import index_paths
-from imgfs.layout import VOLUME_SEALED, Word
+from imgfs.index import read_records
+from imgfs.layout import VOLUME_GONE, VOLUME_SEALED, Word
 from imgfs.load import INDEX_RECORDS
-from imgfs.needed import Needed
 from imgfs.table import Table
 from imgfs.volume import HOLE_BYTES, Volume
 from imgfs.volumes import Volumes
+
+Run = tuple[int, int]
+"""Where bytes that can be freed begin and end."""
 
 
 class Punched(NamedTuple):
@@ -40,67 +43,83 @@ class Holes:
         self._table = table
         self._volumes = volumes
         self._checkpoint = checkpoint
-        # What the last call for a row has punched: where the runs start, and where they end.
-        self._done: dict[int, tuple[int, frozenset[tuple[int, int]]]] = {}
+        # What was punched already, by volume: it needs no second time.
+        self._done: dict[int, frozenset[Run]] = {}
 
-    def punch(self, row: int, until_s: int, held: Sequence[int]) -> Punched:
-        """Free what died before *until_s* in the volume in *row*; slots in *held* have handles open.
+    def rows(self) -> list[int]:
+        """Return the rows of all volumes, in the order of their sequence numbers; the active one is last."""
+        found = []
+        for row in range(self._table.memory.words[Word.VOLUMES]):
+            entry = self._table.volume(row)
+            if not entry.flags & VOLUME_GONE:
+                found.append((entry.first_sequence, entry.volume_id, row))
+        return [row for _, _, row in sorted(found)]
 
-        Every worker must have answered what it had in hand when that died.
+    def records(self, row: int) -> bytes:
+        """Return the index records of the volume in *row*, of the active one those that are there now. Damaged."""
+        words = self._table.memory.words
+        count = -1
+        with self._table.memory.lock():
+            if row == words[Word.ACTIVE] and not self._table.volume(row).flags & VOLUME_SEALED:
+                count = words[Word.INDEX_RECORDS]
+        return read_records(self._disk, self._volumes.get(row).volume.path, count) if count else b""
+
+    def lengths(self, row: int, records: bytes) -> npt.NDArray[np.int64]:
+        """Return how many bytes each of the needles takes that the index *records* of *row* are about."""
+        entry = self._table.volume(row)
+        end = entry.end if entry.flags & VOLUME_SEALED else self._table.memory.words[Word.ACTIVE_END]
+        offsets = np.frombuffer(records, INDEX_RECORDS)["offset8"].astype(np.int64) * ALIGNMENT
+        lengths: npt.NDArray[np.int64] = np.append(offsets[1:], end)[: len(offsets)] - offsets
+        return lengths
+
+    def punch(self, row: int, records: bytes, dead: npt.NDArray[np.bool_]) -> Punched:
+        """Free the blocks of the needles in *dead*, of those that the index *records* of the volume in *row* are about.
+
+        Every worker must have answered what it had in hand when the last of them died.
 
         Raises:
             DiskFailure: as the disk says.
         """
-        header, path = self._volumes.get(row).volume.header, self._volumes.get(row).volume.path
-        runs = self.runs(row, until_s, held)
-        known = self._done.get(row)
-        done = known[1] if known is not None and known[0] == header.volume_id else frozenset()
+        volume = self._volumes.get(row).volume
+        done = self._done.get(volume.header.volume_id, frozenset())
+        runs = self._runs(records, dead)
         fresh = [run for run in runs if run not in done]
         if not fresh:
             return Punched(0, 0)
         # What killed them must not be taken back by power loss, nor a hole be taken for the torn end of the log.
         self._checkpoint()
         words = self._table.memory.words
-        if row == words[Word.ACTIVE] and words[Word.CHECKPOINT_RECORDS] < words[Word.INDEX_RECORDS]:
+        if row == words[Word.ACTIVE] and words[Word.CHECKPOINT_RECORDS] * INDEX_RECORD_BYTES < len(records):
             return Punched(0, 0)  # on a full disk there was no room for one
+        freed = self._punch(volume.path, fresh)
+        self._done[volume.header.volume_id] = frozenset(runs)
+        return freed
+
+    def _punch(self, path: str, runs: Sequence[Run]) -> Punched:
         holes = freed = 0
         try:
             volume = Volume.open(self._disk, path, writable=True)
             try:
-                for start, end in fresh:
+                for start, end in runs:
                     size = volume.punch(start, end)
                     if size < 0:
-                        return Punched(0, 0)
+                        break
                     holes, freed = holes + 1, freed + size
             finally:
                 volume.close()
         except OSError as error:
             raise disk_error(error, path) from error
-        self._done[row] = header.volume_id, frozenset(runs)
         return Punched(holes, freed)
 
-    def runs(self, row: int, until_s: int, held: Sequence[int]) -> list[tuple[int, int]]:
-        """Return where the bytes that can be freed begin and end: at least one whole block each."""
-        words = self._table.memory.words
-        entry = self._table.volume(row)
-        end, count = entry.end, -1
-        if not entry.flags & VOLUME_SEALED and row == words[Word.ACTIVE]:
-            end, count = words[Word.DURABLE], words[Word.INDEX_RECORDS]
-        file = self._disk.open(index_paths(self._volumes.get(row).volume.path).records)
-        try:
-            size = self._disk.size(file) // INDEX_RECORD_BYTES if count < 0 else count
-            records = self._disk.read(file, 0, size * INDEX_RECORD_BYTES)
-        finally:
-            self._disk.close(file)
-        index = np.frombuffer(records, INDEX_RECORDS)
-        dead = Needed(self._table, held).dead(records, row, until_s)
-        offsets = index["offset8"].astype(np.int64) * ALIGNMENT
-        ends = np.append(offsets[1:], end)
-        dead &= ends <= end
+    def _runs(self, records: bytes, dead: npt.NDArray[np.bool_]) -> list[Run]:
+        """Return where the bytes lie that can be freed: at least one whole block each."""
+        offsets = np.frombuffer(records, INDEX_RECORDS)["offset8"].astype(np.int64) * ALIGNMENT
+        if len(dead):
+            dead = dead.copy()
+            dead[-1] = False  # where the last one ends is known of a sealed volume only, and there it is the seal
         starts = dead & ~np.concatenate([[False], dead[:-1]])
-        stops = dead & ~np.concatenate([dead[1:], [False]])
+        behind = np.flatnonzero(~dead & np.concatenate([[False], dead[:-1]]))
         # The header of the first one stays.
-        first = offsets[starts] + NEEDLE_HEADER_BYTES_MAX
-        last = ends[stops]
+        first, last = offsets[starts] + NEEDLE_HEADER_BYTES_MAX, offsets[behind]
         whole = last // HOLE_BYTES > -(-first // HOLE_BYTES)
         return list(zip(first[whole].tolist(), last[whole].tolist(), strict=True))

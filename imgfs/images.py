@@ -119,6 +119,8 @@ class Images:
                 return
             except Damaged:
                 if self.record(inode)[:7] == record[:7]:
+                    if not record.live and not self._handles.in_use(slot_of(inode)):
+                        raise Stale(f"inode {inode:#x} is gone, and so are its bytes") from None
                     raise
 
     def whole(self, inode: int, record: Record, *, nowait: bool = False, fresh: bool = False) -> Whole:
@@ -126,7 +128,7 @@ class Images:
 
         *fresh*: read it from the volume even if an earlier read is still in memory.
         """
-        key = (record.volume, record.offset8, -1)
+        key = self._key(record, -1)
         if not fresh:
             cached = self._cached(key)
             if isinstance(cached, Whole):
@@ -199,7 +201,7 @@ class Images:
 
     def _chunk(self, record: Record, whole: Whole, index: int, *, nowait: bool) -> bytes:
         """Return the MiB number *index* of a large image, verified."""
-        key = (record.volume, record.offset8, index)
+        key = self._key(record, index)
         cached = self._cached(key)
         if isinstance(cached, bytes):
             return cached
@@ -212,6 +214,10 @@ class Images:
             raise Damaged(f"volume {volume_id}, offset {whole.offset}: bytes {at} to {at + size} are damaged")
         self._keep(key, data, len(data))
         return data
+
+    def _key(self, record: Record, index: int) -> tuple[int, int, int]:
+        # The row of a volume that was removed is given to another.
+        return record.volume | self._volumes.gone << 16, record.offset8, index
 
     def _cached(self, key: tuple[int, int, int]) -> Whole | bytes | None:
         with self._cache_lock:

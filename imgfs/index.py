@@ -47,6 +47,26 @@ def index_paths(volume_path: str) -> Index:
     return Index(stem + ".idx", stem + ".names")
 
 
+def read_records(disk: Disk, volume_path: str, count: int = -1) -> bytes:
+    """Return the first *count* records of the volume at *volume_path*, all without it.
+
+    Raises:
+        Damaged: they are not there, or not whole.
+    """
+    path = index_paths(volume_path).records
+    try:
+        file = disk.open(path)
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing; mount again, or run imgfs rebuild-index") from None
+    try:
+        data = disk.read(file, 0, disk.size(file) if count < 0 else count * INDEX_RECORD_BYTES)
+    finally:
+        disk.close(file)
+    if not data or len(data) % INDEX_RECORD_BYTES or 0 <= count * INDEX_RECORD_BYTES != len(data):
+        raise Damaged(f"{path} is not whole; mount again, or run imgfs rebuild-index")
+    return data
+
+
 def names_header(volume_id: int) -> bytes:
     """Return the first bytes of `.names`; because of them no name has offset 0."""
     return NAMES_HEADER.pack(NAMES_MAGIC, volume_id)

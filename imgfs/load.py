@@ -146,7 +146,8 @@ class Loader:
         row, at = latest((kind == Kind.ATTRIBUTES, slot))
         for name in ("mtime", "owner"):
             table[name][at] = index[name][row]
-        row, at = latest((~delete & ~link | bare, slot), (rename & bare | link, other), (rename | delete, target))
+        # That of something dead says when it went.
+        row, at = latest((~link, slot), (rename | link, other), (rename | delete, target))
         table["ctime"][at] = index["ctime"][row]
 
         last = flags & FLAG_LAST > 0

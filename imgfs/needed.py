@@ -16,14 +16,19 @@ from imgfs.layout import RECORDS_AT, Flag, Word
 from imgfs.load import INDEX_RECORDS, PUTS, RECORDS
 from imgfs.table import Table
 
+# Later than any time.
+NEVER_S = 1 << 33
+
 _DATA = [Kind.FILE, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK]
 
 
 class Needed:
     """Judges the needles of volumes by the *table*; *held* are slots that handles are open on."""
 
-    def __init__(self, table: Table, held: Iterable[int] = ()) -> None:
+    def __init__(self, table: Table, held: Iterable[int] = (), cutoff_s: int = NEVER_S) -> None:
+        """What was changed, replaced or deleted at *cutoff_s* or later is kept, as it was and as it is."""
         self._table = table
+        self._cutoff_s = cutoff_s
         self._slots = table.memory.words[Word.SLOTS]
         self._records = np.frombuffer(table.memory.map, RECORDS, self._slots, RECORDS_AT)
         self._held = np.zeros(self._slots, bool)
@@ -38,16 +43,27 @@ class Needed:
         slots = index["slot"][np.isin(index["kind"], [*PUTS, Kind.XATTR])].astype(np.int64) - 1
         self._older[slots[(slots >= 0) & (slots < self._slots)]] = True
 
-    def of(self, records: bytes, entry: int, sequences: dict[int, int]) -> npt.NDArray[np.bool_]:
+    def of(
+        self,
+        records: bytes,
+        entry: int,
+        sequences: dict[int, int],
+        expired: npt.NDArray[np.bool_] | None = None,
+    ) -> npt.NDArray[np.bool_]:
         """Return for each of the index *records* of the volume in row *entry* whether its needle is needed.
 
-        *sequences* tells the first sequence number of each row, which is their order.
+        *sequences* tells the first sequence number of each row, which is their order. *expired* are dead needles that
+        are known to be so for longer than since the cutoff.
         """
         index = np.frombuffer(records, INDEX_RECORDS)
         kind = np.ascontiguousarray(index["kind"])
         slot = index["slot"].astype(np.int64) - 1
         inside = (slot >= 0) & (slot < self._slots)
         record = self._records[np.where(inside, slot, 0)]
+        kept = inside & (record["ctime"] >= self._cutoff_s) & (record["flags"] & Flag.KIND != 0)
+        if expired is not None:
+            kept &= ~expired
+        self._older[slot[kept & np.isin(kind, PUTS)]] = True
         known = inside & (record["flags"] & Flag.KIND != 0)
         known &= record["hash_generation"] >> 24 == index["hash_generation"] >> 24
         dead = record["flags"] & Flag.DEAD != 0
@@ -83,15 +99,15 @@ class Needed:
             needed[row] = place.volume == entry and place.offset8 == index["offset8"][row]
         # What says that there are none any more.
         none = attributes & (index["size"] == 0)
-        needed |= none & last_of_each(attributes, slot) & self._was_put(slot)
+        needed |= none & last_of_each(attributes, slot) & self._was_put(slot) | kept
         result: npt.NDArray[np.bool_] = needed
         return result
 
-    def dead(self, records: bytes, entry: int, until_s: int) -> npt.NDArray[np.bool_]:
-        """Return for each of the index *records* of the volume in row *entry* whether its bytes may be freed.
+    def dead(self, records: bytes, entry: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint32]]:
+        """Return which of the index *records* of the volume in row *entry* are dead, and when they were at the latest.
 
-        So may those of images, symbolic links and attributes that went before *until_s*, if they are not held.
-        The time of that is not known, but no later than the last change of what is in the slot now.
+        Dead are images, symbolic links and attributes that were deleted or replaced, and that no handle is open on. The
+        time, in seconds, is that of the last change of what is in the slot now.
         """
         index = np.frombuffer(records, INDEX_RECORDS)
         kind = np.ascontiguousarray(index["kind"])
@@ -101,15 +117,20 @@ class Needed:
         record = self._records[at]
         same = record["hash_generation"] >> 24 == index["hash_generation"] >> 24
         current = (record["volume"] == entry) & (record["offset8"] == index["offset8"]) & same
-        current &= (record["flags"] & Flag.DEAD == 0) | self._held[at]
+        current &= record["flags"] & Flag.DEAD == 0
         dead = np.isin(kind, [Kind.FILE, Kind.SYMLINK]) & inside & ~current & ~(self._held[at] & same)
-        dead &= (record["flags"] & Flag.KIND != 0) & (record["ctime"] < until_s)
         for row in np.flatnonzero((kind == Kind.XATTR) & inside):
             place = self._table.rare.get(int(slot[row]), int(index["hash_generation"][row]) >> 24)
             here = place.volume == entry and place.offset8 == index["offset8"][row]
-            dead[row] = not here and not self._held[slot[row]] and record["ctime"][row] < until_s
-        result: npt.NDArray[np.bool_] = dead
-        return result
+            dead[row] = not here and not self._held[slot[row]]
+        dead &= record["flags"] & Flag.KIND != 0
+        died_s: npt.NDArray[np.uint32] = record["ctime"].copy()
+        return dead, died_s
+
+    def is_held(self, records: bytes) -> bool:
+        """Return whether a handle is open on anything that the index *records* are about."""
+        slot = np.frombuffer(records, INDEX_RECORDS)["slot"].astype(np.int64) - 1
+        return bool(self._held[slot[(slot >= 0) & (slot < self._slots)]].any())
 
     def _undoing(
         self,

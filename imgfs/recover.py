@@ -228,6 +228,8 @@ class Recovery:
             stem, _, suffix = name.partition(".")
             if self._writable and stem not in stems and suffix in ("vol.new", "idx", "names"):
                 self._disk.unlink(path)  # a crash kept its volume from being published
+            if self._writable and suffix.endswith("copy"):
+                self._disk.unlink(path)  # a compaction was cut off
             if not name.endswith(SUFFIX):
                 continue
             try:

@@ -92,18 +92,23 @@ class Rolling(Active):
         return any(self._table.volume(entry).volume_id == volume_id for entry in rows)
 
     def _take_over(self) -> bool:
-        """Enter the last volume if a writer was killed when it had made that, and before it entered it."""
-        volume_id = self._newest_id()
+        """Enter the volume that a killed writer had made, and not entered yet, if there is one."""
+        for name in self._disk.names(self._directory):
+            stem, _, suffix = name.partition(".")
+            if suffix == SUFFIX[1:] and stem.isdigit() and not self._is_known(int(stem)) and self._take(int(stem)):
+                return True
+        return False
+
+    def _take(self, volume_id: int) -> bool:
+        """Enter the volume with that id if a writer had made it to go on there."""
         path = volume_path(self._directory, volume_id)
-        if self._is_known(volume_id) or not self._disk.exists(path):
-            return False
         try:
             volume = Volume.open(self._disk, path, writable=True)
         except Damaged:
             return False  # it was there before this store was opened
         header = volume.header
         ours = header.previous is None and header.first_sequence == self._words[Word.NEXT_SEQUENCE]
-        if not ours or volume.size() != NEEDLES_START:
+        if not ours or header.replaces or volume.size() != NEEDLES_START:
             volume.close()
             return False
         with self._disk_errors(path):

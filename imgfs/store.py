@@ -8,7 +8,7 @@ extended attributes are in xattrs.py.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
@@ -24,6 +24,7 @@ from imgfs.holes import Holes
 from imgfs.layout import Flag
 from imgfs.memory import Memory
 from imgfs.opening import ROOT, Opened, attach_parts, make_store, open_parts
+from imgfs.reclaim import Limits, Reclaimer
 from imgfs.records import Record
 from imgfs.recover import VOLUMES, Damage
 from imgfs.requests import NOBODY, Request
@@ -203,20 +204,26 @@ class Store(Xattrs):
         """
         return check_volumes(self._table, self._volumes)
 
-    def compaction(self) -> Compaction:
-        """Return what compacts the volumes of this store; it must be open for writing."""
+    def reclaimer(
+        self,
+        *,
+        retention_s: float = 0.0,
+        emptied_s: Callable[[], float] = float,
+        live_share: float = 0.7,
+        settle: Callable[[], bool] = lambda: True,
+    ) -> Reclaimer:
+        """Return what gives back the space of deleted images; see `reclaim.Limits`. ReadOnly."""
         checkpoint = functools.partial(self._images.writer().sync, final=True)
         directory = f"{self.path}/{VOLUMES}"
-        return Compaction(self._disk, directory, self.superblock, self._table, self._volumes, checkpoint)
-
-    def holes(self) -> Holes:
-        """Return what frees the space of deleted images; the store must be open for writing."""
-        checkpoint = functools.partial(self._images.writer().sync, final=True)
-        return Holes(self._disk, self._table, self._volumes, checkpoint)
-
-    def held(self) -> list[int]:
-        """Return the slots that handles are open on."""
-        return self._handles.slots()
+        settings = self.settings
+        return Reclaimer(
+            self._table,
+            self._handles.slots,
+            lambda: self._disk.space(directory),
+            Compaction(self._disk, directory, self.superblock, self._table, self._volumes, checkpoint),
+            Holes(self._disk, self._table, self._volumes, checkpoint),
+            Limits(retention_s, emptied_s, live_share, settings.volume_bytes_max, settings.headroom_bytes, settle),
+        )
 
     # -- open images ------------------------------------------------------------------------------------------
 

@@ -62,6 +62,10 @@ _COUNTS = {
 }
 
 
+# What one change has room for.
+_OWNERS_AT_ONCE = 1000
+
+
 class Table:
     """The records and what belongs to them, on a `Memory` that other processes may share."""
 
@@ -423,14 +427,19 @@ class Table:
         return index
 
     def free_volume(self, index: int) -> None:
-        """Free row *index*, whose volume is removed and which nothing refers to any more."""
-        words = self.memory.words
-        for owner in range(words[Word.OWNERS]):
-            if self.owner_volume(owner) == index:
-                self.define_owner(owner, *self.owner(owner), -1)
-        self.set_volume(index, VolumeEntry(0, 0, 0, VOLUME_GONE))
-        self.memory.put_word(Word.ROWS_FREE, words[Word.ROWS_FREE] + 1)
-        self.memory.put_word(Word.VOLUMES_GONE, words[Word.VOLUMES_GONE] + 1)
+        """Within the lock: free row *index*, whose volume is removed and which nothing refers to any more."""
+        memory, words = self.memory, self.memory.words
+        stated = [owner for owner in range(words[Word.OWNERS]) if self.owner_volume(owner) == index]
+        for start in range(0, len(stated), _OWNERS_AT_ONCE):
+            with memory.change():
+                for owner in stated[start : start + _OWNERS_AT_ONCE]:
+                    self.define_owner(owner, *self.owner(owner), -1)
+        with memory.change():
+            # What was synced of it says nothing about the volume that gets its row.
+            memory.put_word(Word.SYNCED, 0)
+            self.set_volume(index, VolumeEntry(0, 0, 0, VOLUME_GONE))
+            memory.put_word(Word.ROWS_FREE, words[Word.ROWS_FREE] + 1)
+            memory.put_word(Word.VOLUMES_GONE, words[Word.VOLUMES_GONE] + 1)
 
     def set_volume(self, index: int, entry: VolumeEntry) -> None:
         """Overwrite row *index* of the volume table."""

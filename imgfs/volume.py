@@ -167,6 +167,10 @@ class Volume:
             return False
         return True
 
+    def allocated_bytes(self) -> int:
+        """Return how much of the disk the volume takes."""
+        return self._disk.allocated_bytes(self._file)
+
     def punch(self, start: int, end: int) -> int:
         """Free the whole blocks between *start* and *end*; return how many bytes, -1 where it cannot be done."""
         first, last = -(-start // HOLE_BYTES) * HOLE_BYTES, end // HOLE_BYTES * HOLE_BYTES
@@ -203,7 +207,8 @@ class Volume:
         if len(data) < NEEDLE_HEADER.size or not data.startswith(_MAGIC):
             return NEEDLE_HEADER_BYTES_MAX
         fields = NEEDLE_HEADER.unpack(data)
-        return min(NEEDLE_HEADER_BYTES_MAX, fields[1] + (fields[-2] or NEEDLE_HEADER_BYTES_MAX))
+        header_bytes, name_bytes = int(fields[1]), int(fields[-1])
+        return min(NEEDLE_HEADER_BYTES_MAX, header_bytes + (name_bytes or NEEDLE_HEADER_BYTES_MAX))
 
     def touches_hole(self, start: int, end: int) -> bool:
         """Return whether any of the blocks that hold the bytes from *start* to *end* is one that `punch` left."""

@@ -47,6 +47,11 @@ class Volumes:
         """Be a process of its own; files that the parent opened serve both."""
         self._lock = threading.Lock()
 
+    @property
+    def gone(self) -> int:
+        """How many volumes were removed since the store was opened."""
+        return self._table.memory.words[Word.VOLUMES_GONE]
+
     def add(self, entry: int, volume: OpenVolume) -> None:
         """Take over a volume that was opened already."""
         self._open[entry] = volume
@@ -57,7 +62,7 @@ class Volumes:
         Raises:
             Stale: it was removed: what is looked for lies elsewhere by now, or is gone.
         """
-        if self._gone != self._table.memory.words[Word.VOLUMES_GONE]:
+        if self._gone != self.gone:
             self._forget()
         found = self._open.get(entry)
         if found is not None:
@@ -75,7 +80,7 @@ class Volumes:
     def _forget(self) -> None:
         """Close the volumes that were removed; their rows may hold others by now."""
         with self._lock:
-            self._gone = self._table.memory.words[Word.VOLUMES_GONE]
+            self._gone = self.gone
             for entry, opened in list(self._open.items()):
                 if self._table.volume(entry).volume_id != opened.volume.header.volume_id:
                     del self._open[entry]

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 from stores import abandon_all, disk_of, killed, new_store, open_store, put, read_all, reopened
 
+from imgfs.compact import Keep
 from imgfs.errors import ImgfsError
 from imgfs.format import Kind
 from imgfs.layout import VOLUME_GONE, Word
+from imgfs.needed import NEVER_S
 from imgfs.store import ROOT, Store
 
 Shown = dict[bytes, tuple[object, ...]]
@@ -103,24 +105,18 @@ class Changes:
                 _try(lambda: store.rmdir(old[0], old[1]))
 
     def compact(self, store: Store, *, remove: bool = True) -> bool:
-        compaction = store.compaction()
+        compaction = store.reclaimer().compaction
         rows = compaction.sealed()
         if not rows:
             return False
         first = self._random.randrange(len(rows))
-        plan = compaction.plan(rows[first : first + self._random.randint(1, 4)], store.held())
-        row = compaction.run(plan, 0)
+        rows = rows[first : first + self._random.randint(1, 4)]
+        keep = Keep(store._handles.slots(), self._random.choice([0, NEVER_S]))
+        row = compaction.run(compaction.plan(rows, keep), 0)
+        assert compaction.unfinished() == [row]
         if remove:
-            assert compaction.remove(row, store.held())
+            assert compaction.remove(row, store._handles.slots())
         return True
-
-    def punch(self, store: Store) -> int:
-        """Punch out all that is dead; return how many bytes that freed."""
-        holes = store.holes()
-        rows = [
-            row for row in range(store._memory.words[Word.VOLUMES]) if not store._table.volume(row).flags & VOLUME_GONE
-        ]
-        return sum(holes.punch(row, 1 << 33, store.held()).bytes for row in rows)
 
 
 def _try(change: Callable[[], object]) -> None:
@@ -146,7 +142,7 @@ def test_nothing_changes(seed: int) -> None:
             changes.one(store)
         before = shown(store)
         if pick.random() < 0.5:
-            punched += changes.punch(store)
+            punched += store.reclaimer().punch(everything=True).hole_bytes
             assert shown(store) == before
         if pick.random() < 0.7:
             compacted += changes.compact(store)
@@ -168,9 +164,9 @@ def test_a_store_that_is_filled_and_emptied_stays_small() -> None:
             put(store, ROOT, b"%d" % number, bytes(3000))
         for number in range(100):
             store.unlink(ROOT, b"%d" % number)
-        compaction = store.compaction()
-        row = compaction.run(compaction.plan(compaction.sealed()), 0)
-        assert compaction.remove(row, store.held())
+        reclaimer = store.reclaimer()
+        while groups := reclaimer.worthwhile(reclaimer.survey()):
+            assert reclaimer.compact(groups[0]).volumes
         sizes.append((store.counts().volume_bytes, store._memory.words[Word.VOLUMES], store._memory.words[Word.SLOTS]))
     assert sizes[-1] == pytest.approx(sizes[1], rel=0.2)
     assert {row.flags & VOLUME_GONE for row in map(store._table.volume, range(sizes[-1][1]))} == {0, VOLUME_GONE}
