@@ -8,7 +8,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pyfuse3 import FUSEError
 
@@ -21,13 +21,28 @@ T = TypeVar("T")
 _OUT_OF_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
+class Operations(Protocol):
+    """What has the handlers."""
+
+    find_room: Callable[[], Awaitable[bool]]
+    """Have space given back; tell whether it is worth another try."""
+
+
 def answered(handler: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
     """Let *handler* raise nothing but FUSEError: any other exception would end pyfuse3's loop, and the mount."""
+
+    async def handle(operations: Operations, *args: Any) -> T:
+        try:
+            return await handler(operations, *args)
+        except ImgfsError as error:
+            if error.errno not in _OUT_OF_SPACE or not await operations.find_room():
+                raise
+            return await handler(operations, *args)
 
     @functools.wraps(handler)
     async def answer(*args: Any) -> T:
         try:
-            return await handler(*args)
+            return await handle(*args)
         except FUSEError:
             raise
         except ImgfsError as error:

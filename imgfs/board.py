@@ -30,6 +30,8 @@ class _Of:
     IN_HAND = 2
     ANSWERED = 3
     READY = 4
+    WAITED = 5
+    WAITED_NS = 6
 
 
 class Post:
@@ -86,6 +88,16 @@ class Post:
     def answered(self, value: int) -> None:
         self._words[self._at + _Of.ANSWERED] = value
 
+    def waited(self, time_ns: int) -> None:
+        """Note that a request had to wait for the disk for so long."""
+        self._words[self._at + _Of.WAITED] += 1
+        self._words[self._at + _Of.WAITED_NS] += time_ns
+
+    @property
+    def waits(self) -> tuple[int, int]:
+        """How many requests had to wait for the disk, and for how long in all."""
+        return self._get(_Of.WAITED), self._get(_Of.WAITED_NS)
+
     @property
     def ready(self) -> bool:
         """Whether it reads the device."""
@@ -116,6 +128,11 @@ class Board:
     @paused.setter
     def paused(self, value: bool) -> None:
         self._words[_Word.PAUSE] = value
+
+    def waits(self) -> tuple[int, int]:
+        """Return how many requests had to wait for the disk, and for how long in all, in ns."""
+        waits = [post.waits for post in self.posts]
+        return sum(count for count, _ in waits), sum(time_ns for _, time_ns in waits)
 
     @property
     def init_reply(self) -> bytes:

@@ -192,6 +192,10 @@ class Desk:
             post.in_hand -= 1
             post.answered += 1
 
+    def waited(self, time_ns: int) -> None:
+        """Note that a request had to wait for the disk for so long."""
+        self._post.waited(time_ns)
+
     def row(self) -> int:
         """Return the row of the request of the task that calls."""
         return self._seats[trio.lowlevel.current_task()].row

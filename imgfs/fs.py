@@ -21,29 +21,24 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import pyfuse3
-import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from imgfs.answers import all_answered
+from imgfs.calls import Calls
 from imgfs.desk import Desk
 from imgfs.disk import WouldBlock
-from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, NotFound, Stale
+from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, NotFound, Stale, StoreFull
 from imgfs.format import NAME_BYTES_MAX, Kind
 from imgfs.group_sync import GroupSync
-from imgfs.requests import NOBODY
 from imgfs.store import PERMISSIONS, Attr, Entry, Store
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Copying less takes less time than handing the call to a thread and hearing of its end.
-INLINE_BYTES = 256 << 10
-# Requests that wait for the disk at the same time; more than a disk can make use of.
-THREADS = 32
 # What programs are told to read and write at once: as much as the kernel asks for in one request by default.
 BLOCK_BYTES = 128 << 10
 # Entries fetched at once where a listing has to wait for the disk: about one answer full.
@@ -83,8 +78,10 @@ class Filesystem(pyfuse3.Operations):
         self._xattrs = manner.xattrs
         self._atimes = store.access_times
         self._publish_at_close = manner.publish_at_close
-        self._changes = trio.Lock()
-        self._threads = trio.CapacityLimiter(THREADS)
+        calls = Calls(store, desk)
+        self._cold, self._in_thread = calls.cold, calls.in_thread
+        self._change, self._change_of = calls.change, calls.change_of
+        self.find_room = calls.find_room
         self._group_sync = GroupSync(store.sync)
         self._absent = _absent(manner.timeout_s)
         self._hidden = _absent(0)
@@ -307,7 +304,12 @@ class Filesystem(pyfuse3.Operations):
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         store = self._store
-        done = await self._change_of(len(buf) + store.stage_bytes(fh), store.write, fh, off, buf)
+        size, write = len(buf) + store.stage_bytes(fh), functools.partial(store.write, fh, off, buf)
+        try:
+            done = await self._change_of(size, functools.partial(write, last_try=False))
+        except StoreFull:
+            await self.find_room()
+            done = await self._change_of(size, write)
         await self._drop_privileges(store.handle_inode(fh))
         return done
 
@@ -341,40 +343,6 @@ class Filesystem(pyfuse3.Operations):
         self._store.check_kept(fh)
 
     # -- how the store is called ------------------------------------------------------------------------------
-
-    async def _cold(self, look: Callable[..., T], *args: Any) -> T:
-        """Return `look(*args)`, from a thread if it has to wait for the disk."""
-        try:
-            return look(*args, nowait=True)
-        except WouldBlock:
-            return await self._in_thread(look, *args)
-
-    async def _in_thread(self, call: Callable[..., T], *args: Any) -> T:
-        with self._desk.wait:
-            return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
-
-    async def _change(self, change: Callable[..., T], *args: Any) -> T:
-        """Return `change(*args)`, a change that takes no longer than it would take to hand it to a thread."""
-        return await self._change_of(0, change, *args)
-
-    async def _change_of(self, size: int, change: Callable[..., T], *args: Any) -> T:
-        """Return `change(*args)`, a change that copies *size* bytes: from a thread if they are many.
-
-        From a thread too if another worker is at a change of its own: that one may copy many.
-        """
-        store = self._store
-        row = self._desk.row()
-        small = size <= INLINE_BYTES and not store.must_roll(size)
-        # Nothing runs between this test and the end of the call, so the lock need not be taken: that would cost
-        # a turn of the loop. Who waits for it holds it from the moment its holder lets go, and is not overtaken.
-        if small and not self._changes.locked() and store.try_lock():
-            try:
-                return _requested(store, row, change, *args)
-            finally:
-                store.unlock()
-        with self._desk.wait:
-            async with self._changes:
-                return await self._in_thread(_requested, store, row, change, *args)
 
     async def _commit(self, handle: int) -> None:
         size = self._store.flush_bytes(handle)
@@ -453,15 +421,6 @@ class Filesystem(pyfuse3.Operations):
         # Without the group's x bit, set-gid once meant mandatory locking, not a privilege.
         drop = stat.S_ISUID | (stat.S_ISGID if attr.mode & stat.S_IXGRP else 0)
         return attr.mode & ~drop if attr.mode & drop else None
-
-
-def _requested(store: Store, row: int, change: Callable[..., T], *args: Any) -> T:
-    """Return `change(*args)`, which the request of *row* asked for; no other change runs in this process."""
-    store.requester = row
-    try:
-        return change(*args)
-    finally:
-        store.requester = NOBODY
 
 
 def _absent(timeout_s: float) -> EntryAttributes:

@@ -282,8 +282,10 @@ class Images:
         entry = self._staging.look(number) if number >= 0 else None
         return entry if entry is not None and entry.inode == inode else None
 
-    def write(self, handle: int, offset: int, data: Buffer) -> int:
+    def write(self, handle: int, offset: int, data: Buffer, *, last_try: bool = True) -> int:
         """Stage *data* at *offset* of an image open for writing; return its length.
+
+        With *last_try* an image that found the disk full is not flushed any more.
 
         Raises:
             BadHandle: the handle cannot write.
@@ -307,7 +309,8 @@ class Images:
                 self._spoil(inode)
                 raise disk_error(error, "staging") from error
             except StoreFull:
-                self._spoil(inode)
+                if last_try:
+                    self._spoil(inode)
                 raise
             self._dirty(number, max(size, end))
         return len(data)

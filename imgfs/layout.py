@@ -6,7 +6,7 @@ memory only as far as it is used.
 
 import struct
 
-LAYOUT_VERSION = 2  # another one cannot take the memory over; see `Store.attach`
+LAYOUT_VERSION = 3  # another one cannot take the memory over; see `Store.attach`
 SLOTS_MAX = 1 << 28  # images, directories and links of one store
 PAGE = 4096
 
@@ -54,6 +54,9 @@ class Word:
     SYNCING = 34  # 1 while a sync runs, or if its process was killed
     VOLUMES_GONE = 35  # volumes that were removed since the store was opened
     ROWS_FREE = 36  # rows of the volume table that are free
+    ROOM_OFFERED = 37  # 1 if somebody gives space back when he is asked
+    ROOM_ASKED = 38  # how often somebody asked for room
+    ROOM_ANSWERED = 39  # up to which of these it was seen to
     ARENA_FREE = 64  # 32 words: first free region of each size
 
 

@@ -23,7 +23,6 @@ from imgfs.errors import EXIT_OK, Busy, MountFailed
 from imgfs.fs import Manner
 from imgfs.handover import Handover
 from imgfs.options import MountOptions
-from imgfs.settings import Settings
 from imgfs.store import Store
 from imgfs.supervisor import Plan, Running, Supervisor
 
@@ -148,7 +147,7 @@ def _manner(options: MountOptions) -> Manner:
 def _plan(store: Store, served: _Served, device: Device, ready: Callable[[], None]) -> Plan:
     options = served.options
     manner = _manner(options)
-    sync_interval_s = options.sync_interval_s or Settings().sync_interval_s
+    look_after = functools.partial(maintenance.maintain, store, maintenance.manner_of(options))
 
     def work(number: int, board: Board, gate: int) -> None:
         worker.work(number, worker.Common(store, device, gate, board, manner))
@@ -181,7 +180,7 @@ def _plan(store: Store, served: _Served, device: Device, ready: Callable[[], Non
         workers=options.workers or min(WORKERS_DEFAULT_MAX, os.cpu_count() or 1),
         grace_s=options.grace_s,
         work=work,
-        maintain=functools.partial(maintenance.maintain, store, sync_interval_s) if options.writable else None,
+        maintain=look_after if options.writable else None,
         announce=functools.partial(_first_answer, served.path, options),
         ready=ready,
         try_upgrade=try_upgrade,

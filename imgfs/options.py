@@ -53,6 +53,15 @@ class MountOptions:
     publish_at_close: bool = False
     """Let nobody but the process that creates an image find it by name before it is closed."""
 
+    retention_s: float = 86_400.0
+    """How long what was deleted or replaced can be restored; 0: its space comes back at once."""
+
+    compact_percent: float = 70.0
+    """A volume of which less is needed is compacted; 0: none is."""
+
+    compact_rate_mib: float = 50.0
+    """How fast compaction copies, in MiB per second, while no reader has to wait."""
+
     kernel: frozenset[str] = frozenset()
     """Flags that the kernel carries out, such as `noexec`."""
 
@@ -70,7 +79,18 @@ _IGNORED = frozenset(_IGNORED_NAMES.split())
 _IGNORED_WITH_VALUE = frozenset({"user", "comment", "fsname", "subtype"})
 
 _FLAGS = ("ro", "rw", "allow_other", "xattr", "noxattr")
-_VALUES = ("timeout", "sync_interval", "read_ahead", "workers", "grace", "log", "publish")
+_VALUES = (
+    "timeout",
+    "sync_interval",
+    "read_ahead",
+    "workers",
+    "grace",
+    "log",
+    "publish",
+    "retention",
+    "compact",
+    "compact_rate",
+)
 _PUBLISH = {"create": False, "close": True}
 
 
@@ -105,6 +125,12 @@ def _with(options: MountOptions, item: str) -> MountOptions:
                 return replace(options, workers=_count(item, value))
             case "grace":
                 return replace(options, grace_s=_number(item, value))
+            case "retention":
+                return replace(options, retention_s=_number(item, value))
+            case "compact":
+                return replace(options, compact_percent=_number(item, value, most=100.0))
+            case "compact_rate":
+                return replace(options, compact_rate_mib=_number(item, value, least=0.1))
             case "log" if value:
                 return replace(options, log=value)
             case "publish":
@@ -124,13 +150,14 @@ def _with(options: MountOptions, item: str) -> MountOptions:
     raise BadOption(_complaint(name, item))
 
 
-def _number(item: str, value: str, least: float = 0.0) -> float:
+def _number(item: str, value: str, least: float = 0.0, most: float = math.inf) -> float:
     try:
         number = float(value)
     except ValueError:
         number = math.nan
-    if not least <= number < math.inf:
-        raise BadOption(f"mount option {item!r} needs a number from {least:g} on")
+    if not least <= number <= most or number == math.inf:
+        limit = "on" if most == math.inf else f"to {most:g}"
+        raise BadOption(f"mount option {item!r} needs a number from {least:g} {limit}")
     return number
 
 

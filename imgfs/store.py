@@ -21,7 +21,7 @@ from imgfs.errors import IsADirectory
 from imgfs.format import Kind, seconds, slot_of
 from imgfs.handles import WRITE
 from imgfs.holes import Holes
-from imgfs.layout import Flag
+from imgfs.layout import Flag, Word
 from imgfs.memory import Memory
 from imgfs.opening import ROOT, Opened, attach_parts, make_store, open_parts
 from imgfs.reclaim import Limits, Reclaimer
@@ -225,6 +225,35 @@ class Store(Xattrs):
             Limits(retention_s, emptied_s, live_share, settings.volume_bytes_max, settings.headroom_bytes, settle),
         )
 
+    # -- room -------------------------------------------------------------------------------------------------
+
+    def offer_room(self) -> None:
+        """Say that this process gives space back when it is asked: `room_asked` and `answer_room` then tell."""
+        self._memory.words[Word.ROOM_OFFERED] = 1
+
+    def ask_for_room(self) -> int:
+        """Ask whoever gives space back to do it now; return what `has_answered` takes, 0 if there is nobody."""
+        words = self._memory.words
+        if not words[Word.ROOM_OFFERED]:
+            return 0
+        words[Word.ROOM_ASKED] += 1
+        return words[Word.ROOM_ASKED]
+
+    def has_answered(self, asked: int) -> bool:
+        """Return whether all was given back that could be since `ask_for_room` returned *asked*."""
+        return self._memory.words[Word.ROOM_ANSWERED] >= asked
+
+    def room_asked(self) -> int:
+        """Return the last question that was not answered yet, 0 if there is none."""
+        words = self._memory.words
+        asked = words[Word.ROOM_ASKED]
+        return asked if asked > words[Word.ROOM_ANSWERED] else 0
+
+    def answer_room(self, asked: int) -> None:
+        """Answer all questions up to *asked*."""
+        words = self._memory.words
+        words[Word.ROOM_ANSWERED] = max(words[Word.ROOM_ANSWERED], asked)
+
     # -- open images ------------------------------------------------------------------------------------------
 
     def open_image(
@@ -306,12 +335,14 @@ class Store(Xattrs):
         """Return up to *size* bytes at *offset*. BadHandle, Damaged, WouldBlock."""
         return self._images.read(self._handles.get(handle)[0], offset, size, nowait=nowait)
 
-    def write(self, handle: int, offset: int, data: Buffer) -> int:
+    def write(self, handle: int, offset: int, data: Buffer, *, last_try: bool = True) -> int:
         """Write *data* at *offset* and return its length; readers see it, a crash forgets it until it is flushed.
+
+        Without *last_try* an image that found the disk full may still be flushed: the write is tried again.
 
         BadHandle, TooLarge, StoreFull.
         """
-        return self._images.write(handle, offset, data)
+        return self._images.write(handle, offset, data, last_try=last_try)
 
     def truncate(self, inode: int, size: int) -> None:
         """Cut or extend the image *inode*; unless it is open for writing, it is flushed at once. As `write`; Stale."""

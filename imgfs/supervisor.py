@@ -74,7 +74,7 @@ class Plan(NamedTuple):
     """How long users of the mount may go on after SIGTERM."""
     work: Callable[[int, Board, int], None]
     """Be the worker of that number, with that gate."""
-    maintain: Callable[[], None] | None
+    maintain: Callable[[Board], None] | None
     """Be the maintenance process."""
     announce: Callable[[], None]
     """Wait until the mount answers; raise MountFailed if it does not."""
@@ -196,8 +196,9 @@ class Supervisor:
             self._start_worker()
 
     def _start_maintenance(self) -> None:
-        if self._plan.maintain is not None:
-            self._maintenance = child.fork("maintenance", self._plan.maintain, self._dump)
+        maintain = self._plan.maintain
+        if maintain is not None:
+            self._maintenance = child.fork("maintenance", lambda: maintain(self._board), self._dump)
 
     def _start_task(
         self, name: str, work: Callable[[], None], then: Callable[[int], None], patience_s: float | None = None

@@ -39,6 +39,7 @@ COMMANDS = {
     "stat": ("looking", "Show all about one image, and where it lies."),
     "info": ("looking", "Show what a store holds, its limits and its state."),
     "check": ("upkeep", "Read everything and verify every checksum."),
+    "compact": ("compacting", "Rewrite the volumes that hold little of use."),
     "rebuild-index": ("upkeep", "Make the index files anew from the volumes."),
 }
 

@@ -1,0 +1,93 @@
+"""How a handler calls the store: at once where that takes no time, else from a thread; again when there is room.
+
+Owns the lock and the threads of a worker. Must not know what is called.
+
+*Concurrency:* on one trio loop, which never waits for the disk. Changes run one after the other.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import trio
+
+from imgfs.desk import Desk
+from imgfs.disk import WouldBlock
+from imgfs.requests import NOBODY
+from imgfs.store import Store
+
+T = TypeVar("T")
+
+# Copying less takes less time than handing the call to a thread and hearing of its end.
+INLINE_BYTES = 256 << 10
+# Requests that wait for the disk at the same time; more than a disk can make use of.
+THREADS = 32
+# On a full disk a change waits so long for space to be given back.
+ROOM_S, ROOM_POLL_S = 10.0, 0.01
+
+
+class Calls:
+    """The calls of one worker."""
+
+    def __init__(self, store: Store, desk: Desk) -> None:
+        self._store = store
+        self._desk = desk
+        self._changes = trio.Lock()
+        self._threads = trio.CapacityLimiter(THREADS)
+
+    async def cold(self, look: Callable[..., T], *args: Any) -> T:
+        """Return `look(*args)`, from a thread if it has to wait for the disk."""
+        try:
+            return look(*args, nowait=True)
+        except WouldBlock:
+            since_ns = time.monotonic_ns()
+            try:
+                return await self.in_thread(look, *args)
+            finally:
+                self._desk.waited(time.monotonic_ns() - since_ns)
+
+    async def find_room(self) -> bool:
+        """Wait until the space of what is kept for undelete is given back; return whether anybody does that."""
+        asked = self._store.ask_for_room()
+        if asked:
+            with trio.move_on_after(ROOM_S), self._desk.wait:
+                # Another process answers: there is nothing here that it could wake.
+                while not self._store.has_answered(asked):  # noqa: ASYNC110
+                    await trio.sleep(ROOM_POLL_S)
+        return bool(asked)
+
+    async def in_thread(self, call: Callable[..., T], *args: Any) -> T:
+        with self._desk.wait:
+            return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
+
+    async def change(self, change: Callable[..., T], *args: Any) -> T:
+        """Return `change(*args)`, a change that takes no longer than it would take to hand it to a thread."""
+        return await self.change_of(0, change, *args)
+
+    async def change_of(self, size: int, change: Callable[..., T], *args: Any) -> T:
+        """Return `change(*args)`, a change that copies *size* bytes: from a thread if they are many.
+
+        From a thread too if another worker is at a change of its own: that one may copy many.
+        """
+        store = self._store
+        row = self._desk.row()
+        small = size <= INLINE_BYTES and not store.must_roll(size)
+        # Nothing runs between this test and the end of the call, so the lock need not be taken: that would cost
+        # a turn of the loop. Who waits for it holds it from the moment its holder lets go, and is not overtaken.
+        if small and not self._changes.locked() and store.try_lock():
+            try:
+                return _requested(store, row, change, *args)
+            finally:
+                store.unlock()
+        with self._desk.wait:
+            async with self._changes:
+                return await self.in_thread(_requested, store, row, change, *args)
+
+
+def _requested(store: Store, row: int, change: Callable[..., T], *args: Any) -> T:
+    """Return `change(*args)`, which the request of *row* asked for; no other change runs in this process."""
+    store.requester = row
+    try:
+        return change(*args)
+    finally:
+        store.requester = NOBODY

@@ -1,0 +1,93 @@
+"""Talks to the maintenance process of a mounted store: through a socket in the store, a JSON object for each line.
+
+Owns the socket and the form of what goes through it. Must not know what is asked for.
+
+*Concurrency:* one client at a time; whoever else asks waits until that one has its answer.
+"""
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from imgfs.errors import Busy, ImgfsError
+
+NAME = "control"
+# A client that says nothing for so long is left alone.
+_ASK_S = 5.0
+_LINE_BYTES_MAX = 65_536
+
+Message = dict[str, Any]
+
+
+class Interrupted(ImgfsError):
+    """Who was asked died before it had answered."""
+
+
+class Gone(Exception):
+    """The client does not listen any more."""
+
+
+def listen(store_path: str) -> socket.socket:
+    """Return a socket that listens in the store; one that a killed process has left is replaced."""
+    path = os.path.join(store_path, NAME)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with _reachable(store_path) as directory:
+        listening.bind(f"{directory}/{NAME}")
+    os.chmod(path, 0o600)
+    listening.listen()
+    return listening
+
+
+def answer(listening: socket.socket, do: Callable[[Message, Callable[[Message], None]], Message]) -> None:
+    """Let *do* answer one client: it gets the question, and a function that tells how far it is."""
+    connection, _ = listening.accept()
+    with connection, contextlib.suppress(OSError, ValueError, Gone):
+        connection.settimeout(_ASK_S)
+        question = connection.makefile("rb").readline(_LINE_BYTES_MAX)
+
+        def tell(message: Message) -> None:
+            try:
+                connection.sendall(json.dumps(message).encode() + b"\n")
+            except OSError as error:
+                raise Gone from error
+
+        tell({"done": do(json.loads(question), tell)})
+
+
+def ask(store_path: str, question: Message, told: Callable[[Message], None] = lambda _: None) -> Message:
+    """Ask the maintenance process of the store at *store_path*; return its answer, and show what it tells before.
+
+    Raises:
+        Busy: the store is in use, but nobody answers for it.
+        Interrupted: the process that was asked died.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with connection:
+        try:
+            with _reachable(store_path) as directory:
+                connection.connect(f"{directory}/{NAME}")
+        except OSError as error:
+            raise Busy(f"{store_path} is in use, and who uses it does not answer ({error.strerror})") from None
+        connection.sendall(json.dumps(question).encode() + b"\n")
+        for line in connection.makefile("rb"):
+            message = json.loads(line)
+            if "done" in message:
+                done: Message = message["done"]
+                return done
+            told(message)
+    raise Interrupted("the maintenance process was interrupted; what it had begun goes on, or is undone: ask again")
+
+
+@contextlib.contextmanager
+def _reachable(path: str) -> Iterator[str]:
+    """Yield a short path to the directory *path*: the address of a socket has room for 107 bytes."""
+    directory = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}"
+    finally:
+        os.close(directory)
