@@ -331,11 +331,15 @@ class Filesystem(pyfuse3.Operations):
         # It is dirty again: a mapping wrote after the last close, or that failed and this is the last try.
         parent, name = store.parent(inode), store.name(inode)
         try:
+            await self._commit(fh)
+        except StoreFull:
+            await self.find_room()
+        try:
             await self._change_of(size, store.release, fh)
         except ImgfsError as error:
             log.error("what was written to %r is lost: %s", name, error)
             await self._in_thread(_forget_in_kernel, inode, parent, name)
-            raise
+            raise FUSEError(error.errno) from None  # there is no other try
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._commit(fh)

@@ -62,7 +62,7 @@ class Needed:
         record = self._records[np.where(inside, slot, 0)]
         kept = inside & (record["ctime"] >= self._cutoff_s) & (record["flags"] & Flag.KIND != 0)
         if expired is not None:
-            kept &= ~expired
+            kept[: len(expired)] &= ~expired  # the volume may have grown since
         self._older[slot[kept & np.isin(kind, PUTS)]] = True
         known = inside & (record["flags"] & Flag.KIND != 0)
         known &= record["hash_generation"] >> 24 == index["hash_generation"] >> 24

@@ -121,7 +121,7 @@ def test_header_fields_are_attributes_of_what_is_unpacked(title: str, owner: typ
     named = {row[3] for row in DOCUMENTED[title][1]}
     attributes = {field.name for field in dataclasses.fields(owner)}
     assert named - others <= attributes
-    assert attributes - named <= {"name", "extras", "previous"}
+    assert attributes - named <= {"name", "extras", "previous", "replaces"}
 
 
 def test_numpy_loads_the_same_records() -> None:
