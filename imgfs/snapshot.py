@@ -288,15 +288,17 @@ class _Snapshot:
         """Copy the volume that the store may append to meanwhile, up to some moment."""
 
         def copy(source: int, target: int, start: int) -> None:
+            alive_from = start
             while True:
                 end = self._disk.size(source)
                 self._copier.copy(source, target, start, end)
                 if not self._copier.is_same(source, target, start, end):
                     continue  # a failed append was cut away, and another one has taken its place
-                if self._disk.next_hole(source, start) >= end:
+                if self._disk.next_hole(source, alive_from) >= end:
                     return
-                # Something of it died meanwhile, and the needle that says so may lie behind the end.
-                start = end
+                # Something of it died meanwhile, and the needle that says so may lie behind the end; not behind the
+                # next one. What is not durable may be cut away until then.
+                alive_from, start = end, self._right_bytes(volume)
 
         self._copy(volume, copy)
 
