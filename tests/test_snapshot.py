@@ -13,7 +13,7 @@ from survivors import EVERYTHING, STRATEGIES
 
 from imgfs import cloning
 from imgfs.cloning import Reflink
-from imgfs.errors import Busy, DiskFailure, Exists, InvalidArgument, NoStore, NotSupported, StoreFull
+from imgfs.errors import Busy, DiskFailure, Exists, ImgfsError, InvalidArgument, NoStore, NotSupported, StoreFull
 from imgfs.format import Kind
 from imgfs.recover import Damage
 from imgfs.snapshot import UNFINISHED, take_snapshot
@@ -465,7 +465,7 @@ def test_the_disk_refuses_any_call(reflink: Reflink, number: int, refusal: type[
             said = ""
             try:
                 take(disk, reflink)
-            except StoreFull if number == errno.ENOSPC else DiskFailure as error:
+            except refusal as error:
                 said = str(error)
             if disk._faults[0].times:
                 break  # so many calls there are not
