@@ -6,11 +6,11 @@ import itertools
 import os
 import random
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ascending import KEPT, newest_in, writing
 from command_line import Run, flip, place_of, volume_file
 from killed_store import MortalDisk, die
 from mortal import Life, in_process, status_of
@@ -23,10 +23,6 @@ from imgfs.errors import EXIT_BUSY, EXIT_DAMAGED, EXIT_FAILURE, EXIT_NO_STORE, E
 from imgfs.settings import KIB, MIB, Settings
 from imgfs.snapshot import UNFINISHED, take_snapshot
 from imgfs.store import ROOT, Store, make_store
-
-# Of each writer so many images are there at a time; it deletes older ones.
-KEPT = 20
-IMAGE_BYTES = 30_000
 
 
 class Nobody:
@@ -70,71 +66,15 @@ def images_of(store: Path) -> dict[bytes, bytes]:
 # -- beside a mount ---------------------------------------------------------------------------------------------------
 
 
-def image(writer: int, number: int) -> bytes:
-    return random.Random(writer << 32 | number).randbytes(IMAGE_BYTES + number % 7)
-
-
-class Writer(threading.Thread):
-    """Writes images with ascending numbers into a directory, and deletes those that are KEPT behind."""
-
-    def __init__(self, directory: Path, number: int) -> None:
-        super().__init__(daemon=True)
-        self.directory = directory
-        self.number = number
-        self.closed = -1  # the last image that was closed
-        self.begun = -1
-        self.failure: BaseException | None = None
-        self._ending = threading.Event()
-        directory.mkdir()
-
-    def run(self) -> None:
-        try:
-            while not self._ending.is_set():
-                self.begun += 1
-                (self.directory / f"{self.begun}").write_bytes(image(self.number, self.begun))
-                self.closed = self.begun
-                if self.closed >= KEPT:
-                    (self.directory / f"{self.closed - KEPT}").unlink()
-        except BaseException as error:
-            self.failure = error
-
-    def end(self) -> None:
-        self._ending.set()
-        self.join(30)
-        assert not self.is_alive()
-        if self.failure is not None:
-            raise self.failure
-
-
-def newest_in(snapshot: Store, writer: Writer) -> int:
-    """Return the number of the last image of *writer*; before it all must be there that had not been deleted."""
-    directory = snapshot.lookup(ROOT, os.fsencode(writer.directory.name))
-    numbers = sorted(int(entry.name) for entry in snapshot.list(directory))
-    for number in numbers:
-        inode = snapshot.lookup(directory, b"%d" % number)
-        handle = snapshot.open_image(inode)
-        assert bytes(snapshot.read(handle, 0, MIB)) == image(writer.number, number), f"{writer.directory} {number}"
-        snapshot.release(handle)
-    assert numbers == list(range(numbers[0], numbers[-1] + 1))
-    assert len(numbers) in {min(numbers[-1] + 1, KEPT), min(numbers[-1] + 1, KEPT + 1)}
-    return numbers[-1]
-
-
 def test_beside_writers_it_has_of_each_all_up_to_some_image(mounted: Mounted, place: Path) -> None:
-    writers = [Writer(mounted.point / f"writer {number}", number) for number in range(3)]
-    for writer in writers:
-        writer.start()
     taken: list[tuple[Path, list[int], list[int]]] = []
-    try:
+    with writing(mounted.point) as writers:
         for number, reflink in enumerate(["always", "never", "auto"]):
-            wait_until(lambda: all(w.closed > KEPT * 2 for w in writers), "enough is written")
+            wait_until(lambda: all(writer.closed > KEPT * 2 for writer in writers), "enough is written")
             before = [writer.closed for writer in writers]
             target = place / f"{number}"
             imgfs("snapshot", "-q", f"--reflink={reflink}", mounted.store, target)
             taken.append((target, before, [writer.begun for writer in writers]))
-    finally:
-        for writer in writers:
-            writer.end()
     for target, before, after in taken:
         imgfs("check", target)
         with Store.open(str(target), writable=False) as snapshot:
