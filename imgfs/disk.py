@@ -20,6 +20,9 @@ _FSXATTR = struct.Struct("<IIIII8x")
 _FS_IOC_FSGETXATTR = 0x801C581F
 _FS_IOC_FSSETXATTR = 0x401C5820
 _FS_XFLAG_EXTSIZE = 0x800
+# _IOW(0x94, 9, int) of linux/fs.h, and what it fails with where two files cannot share blocks.
+_FICLONE = 0x40049409
+_CANNOT_SHARE = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS})
 # One read returns at most this much; the kernel itself stops a little below 2 GiB.
 _READ_BYTES_MAX = 1 << 30
 # More buffers than this the kernel does not take in one call.
@@ -143,6 +146,19 @@ class Disk:
             return False
         raise OSError(number, os.strerror(number))
 
+    def clone(self, source: int, target: int) -> bool:
+        """Let *target*, which is empty, be what *source* is at one moment, by sharing its blocks.
+
+        Return whether the file system can; if not, nothing was done. What is still in the page cache is included.
+        """
+        try:
+            fcntl.ioctl(target, _FICLONE, source)
+        except OSError as error:
+            if error.errno not in _CANNOT_SHARE:
+                raise
+            return False
+        return True
+
     def next_data(self, file: int, offset: int) -> int:
         """Return where at or behind *offset* there is anything but a hole; the size of the file if nowhere."""
         try:
@@ -152,9 +168,23 @@ class Disk:
                 raise
             return os.fstat(file).st_size
 
+    def next_hole(self, file: int, offset: int) -> int:
+        """Return where at or behind *offset* a hole begins; the size of the file if none does."""
+        try:
+            return os.lseek(file, offset, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return os.fstat(file).st_size
+
     def allocated_bytes(self, file: int) -> int:
         """Return how much of the disk *file* takes."""
         return os.fstat(file).st_blocks * 512
+
+    def copy_times(self, source: int, target: int) -> None:
+        """Give *target* the times of *source*."""
+        status = os.fstat(source)
+        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
     # -- names ------------------------------------------------------------------------------------------------
 
@@ -175,8 +205,18 @@ class Disk:
     def mkdir(self, path: str) -> None:
         os.mkdir(path, 0o700)
 
+    def rmdir(self, path: str) -> None:
+        """Remove the empty directory at *path*."""
+        os.rmdir(path)
+
+    def copy_owner(self, source: str, target: str) -> None:
+        """Give what is at *target* to the owner of *source*; only root can, for others nothing changes."""
+        status = os.stat(source)
+        if os.geteuid() == 0:
+            os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
+
     def rename(self, source: str, target: str) -> None:
-        """Give the file at *source* the name *target*, in place of what had it."""
+        """Give the file or directory at *source* the name *target*, in place of what had it."""
         os.rename(source, target)
 
     def unlink(self, path: str) -> None:
@@ -212,6 +252,18 @@ class Disk:
     def lock(self, path: str) -> int | None:
         """Take the lock file at *path* for as long as the returned descriptor is open; None if another has it."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno == errno.EWOULDBLOCK:
+                return None
+            raise
+        return descriptor
+
+    def lock_directory(self, path: str) -> int | None:
+        """Lock the directory at *path* itself, under whatever name, as `lock` does a file."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

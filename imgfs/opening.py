@@ -108,11 +108,7 @@ def open_parts(path: str, disk: Disk, settings: Settings | None, *, writable: bo
         DiskFailure, StoreFull: as the disk says.
     """
     try:
-        if not disk.exists(f"{path}/{VOLUMES}"):
-            if disk.exists(f"{path}/{SUPERBLOCK}"):
-                raise NoStore(f"{path}/{VOLUMES} is missing, which held all images of this store; put it back")
-            raise NoStore(f"there is no store at {path}; make one with: imgfs mkfs {path}")
-        superblock, rebuilt = _superblock(path, disk)
+        superblock, rebuilt = find_store(path, disk)
         if settings is None:
             settings = Settings(volume_bytes_max=superblock.volume_bytes_max)
         else:
@@ -145,7 +141,7 @@ def attach_parts(
         DiskFailure: as the disk says.
     """
     try:
-        superblock, _ = _superblock(path, disk)
+        superblock, _ = find_store(path, disk)
         settings = replace(settings or Settings(), volume_bytes_max=superblock.volume_bytes_max)
         table = Table(memory, hash_seed(superblock.store_id))
         directory = f"{path}/{VOLUMES}"
@@ -226,8 +222,18 @@ def _write_down(writer: Log, mender: Mender, volumes: Volumes, table: Table) -> 
             log.warning("the name of inode %d is damaged or taken: it is /%s now", inode, name.decode())
 
 
-def _superblock(path: str, disk: Disk) -> tuple[Superblock, bool]:
-    """Return the superblock, and whether it had to be made again from a volume's header."""
+def find_store(path: str, disk: Disk) -> tuple[Superblock, bool]:
+    """Return the superblock of the store at *path*, and whether it had to be made again from a volume's header.
+
+    Raises:
+        NoStore: there is none.
+        NewerFormat: it needs a newer release.
+        OSError: as the disk says.
+    """
+    if not disk.exists(f"{path}/{VOLUMES}"):
+        if disk.exists(f"{path}/{SUPERBLOCK}"):
+            raise NoStore(f"{path}/{VOLUMES} is missing, which held all images of this store; put it back")
+        raise NoStore(f"there is no store at {path}; make one with: imgfs mkfs {path}")
     if disk.exists(f"{path}/{SUPERBLOCK}"):
         file = disk.open(f"{path}/{SUPERBLOCK}")
         try:

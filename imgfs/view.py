@@ -259,6 +259,11 @@ class View:
         images = words[Word.FILES] + words[Word.DIRECTORIES] + words[Word.SYMLINKS]
         return Space(below.f_frsize, below.f_blocks, below.f_bfree, below.f_bavail, images, SLOTS_MAX)
 
+    @property
+    def last_sequence(self) -> int:
+        """The sequence number of the last needle."""
+        return self._memory.words[Word.NEXT_SEQUENCE] - 1
+
     def counts(self) -> Counts:
         """Return what is in the store."""
         words = self._memory.words

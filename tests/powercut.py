@@ -58,6 +58,7 @@ class SimulatedDisk(Disk):
         before_step: called with the description of each step before it happens; may copy the disk, not change it.
         capacity_bytes: what would let the sum of all lengths exceed it fails with ENOSPC; None: no limit.
         cold: nothing is in the page cache, so a read that may not wait raises WouldBlock.
+        shares_blocks: files can be cloned.
     """
 
     def __init__(self, capacity_bytes: int | None = None) -> None:
@@ -68,6 +69,7 @@ class SimulatedDisk(Disk):
         self.before_step: Callable[[str], object] | None = None
         self.capacity_bytes = capacity_bytes
         self.cold = False
+        self.shares_blocks = True
         self._dead = False
         self._faults: list[_Fault] = []
         self._tree = Tree()
@@ -119,7 +121,7 @@ class SimulatedDisk(Disk):
         """Return the same disk at the same moment: open files, locks, trace and faults too, but not `before_step`."""
         disk = SimulatedDisk(self.capacity_bytes)
         disk.trace, disk.cut_at, disk.cut_written = self.trace.copy(), self.cut_at, self.cut_written
-        disk.cold, disk._dead = self.cold, self._dead
+        disk.cold, disk.shares_blocks, disk._dead = self.cold, self.shares_blocks, self._dead
         disk._faults = [replace(fault) for fault in self._faults]
         twins = {each: replace(each) for each in self._open.values()}
         disk._tree, files = self._tree.copy(each.file for each in twins)
@@ -140,7 +142,7 @@ class SimulatedDisk(Disk):
     def after_power_cut(self, choice: Survivor | Random) -> "SimulatedDisk":
         """Return the disk as found if the power goes off now, or went off at `cut_at`; all that is on it is durable."""
         disk = SimulatedDisk(self.capacity_bytes)
-        disk.cold = self.cold
+        disk.cold, disk.shares_blocks = self.cold, self.shares_blocks
         disk._tree = self._tree.survive(random_survivor(choice) if isinstance(choice, Random) else choice)
         return disk
 
@@ -279,11 +281,31 @@ class SimulatedDisk(Disk):
         self.write(file, offset, [bytes(len(data))])
         return True
 
+    def clone(self, source: int, target: int) -> bool:
+        self._call("clone")
+        if not self.shares_blocks:
+            return False
+        opened, data = self._opened(target), bytes(self._opened(source).file.data)
+        assert opened.writable, "a file that may not be written"
+        assert not opened.file.data, "a file that is not empty"
+        if self._room(opened.file, len(data)) < len(data):
+            raise os_error(errno.ENOSPC)
+        self._step(f"clone {self._opened(source).path} {opened.path}")
+        opened.file.apply(Operation(0, data))
+        return True
+
     def next_data(self, file: int, offset: int) -> int:
         return min(offset, self.size(file))
 
+    def next_hole(self, file: int, offset: int) -> int:
+        return self.size(file)
+
     def allocated_bytes(self, file: int) -> int:
         return self.size(file)
+
+    def copy_times(self, source: int, target: int) -> None:
+        self._call("copy_times")
+        assert {source, target} <= self._open.keys()
 
     def names(self, directory: str) -> list[str]:
         self._call("names", directory)
@@ -303,6 +325,18 @@ class SimulatedDisk(Disk):
             raise os_error(errno.EEXIST, path)
         self._step(f"mkdir {path}")
         self._tree.change({self._tree.parent(path): Directory({})})
+
+    def rmdir(self, path: str) -> None:
+        self._call("rmdir", path)
+        if self._tree.directory(path).names:
+            raise os_error(errno.ENOTEMPTY, path)
+        self._step(f"rmdir {path}")
+        self._tree.change({self._tree.parent(path): None})
+
+    def copy_owner(self, source: str, target: str) -> None:
+        self._call("copy_owner", source, target)
+        self._tree.find(source)
+        self._tree.find(target)
 
     def rename(self, source: str, target: str) -> None:
         self._call("rename", source, target)
@@ -349,6 +383,11 @@ class SimulatedDisk(Disk):
             self._create(path)
         opened = _Open(self._tree.file(path), path, True)
         return self._hand_out(opened) if self._locks.setdefault(opened.file, opened) is opened else None
+
+    def lock_directory(self, path: str) -> int | None:
+        self._call("lock_directory", path)
+        self._tree.directory(path)
+        return self._hand_out(_Open(File(bytearray()), path, False))  # nobody else is there
 
     def is_locked(self, file: int) -> bool:
         self._call("is_locked")

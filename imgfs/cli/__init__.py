@@ -35,6 +35,7 @@ COMMANDS = {
     "upgrade": ("mounting", "Let the installed release take a mount over."),
     "import": ("copying", "Copy a directory tree into a store."),
     "export": ("copying", "Copy a whole store out into a directory."),
+    "snapshot": ("snapshot", "Copy a store, mounted or not, as it is at one moment."),
     "ls": ("looking", "List images and directories."),
     "stat": ("looking", "Show all about one image, and where it lies."),
     "info": ("looking", "Show what a store holds, its limits and its state."),

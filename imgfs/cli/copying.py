@@ -55,7 +55,8 @@ def import_command(directory: str, store_path: str, into: str | None, resume: bo
       imgfs import ~/Pictures /srv/photos.imgfs --into 2024
     """
     source = os.fsencode(directory)
-    _check_no_mount_of(store_path, directory)
+    if is_in_mount_of(store_path, directory):
+        raise InvalidArgument(f"{directory} lies in a mount of {store_path}, which cannot be imported into itself")
     with open_store(store_path, writable=True) as store, _deferred_interrupt() as interrupt:
         totals = Totals(0, 0)
         with Progress("counting", sys.stderr, quiet=quiet) as progress:
@@ -93,12 +94,11 @@ def export_command(store_path: str, directory: str, force: bool, quiet: bool) ->
     copy.finish()
 
 
-def _check_no_mount_of(store_path: str, directory: str) -> None:
-    """Make sure that *directory* shows none of what is in the store: it would be copied over itself."""
+def is_in_mount_of(store_path: str, directory: str) -> bool:
+    """Return whether *directory* shows what is in the store, which would be copied over itself."""
     device = os.stat(directory).st_dev
     shown = {mount.source for mount in mounts() if mount.type == FILESYSTEM_TYPE and mount.device == _device(device)}
-    if os.path.realpath(store_path) in map(os.path.realpath, shown):
-        raise InvalidArgument(f"{directory} lies in a mount of {store_path}, which cannot be imported into itself")
+    return os.path.realpath(store_path) in map(os.path.realpath, shown)
 
 
 def _device(number: int) -> str:

@@ -20,12 +20,17 @@ _NAMED_MAX = 10
 def open_store(path: str, *, writable: bool = False) -> Iterator[Store]:
     """Open the store at *path* for the length of a command, and tell about damage found on the way."""
     with Store.open(path, writable=writable) as store:
-        damage = store.report.damage
-        for item in damage[:_NAMED_MAX]:
-            complain(f"damaged: {damage_line(store, item)}")
-        if len(damage) > _NAMED_MAX:
-            complain(f"{len(damage) - _NAMED_MAX:,} more damaged places; imgfs check {path} names them all")
+        tell_damage(store, path)
         yield store
+
+
+def tell_damage(store: Store, path: str) -> None:
+    """Say on standard error what damage opening *store* has found; it is at *path*."""
+    damage = store.report.damage
+    for item in damage[:_NAMED_MAX]:
+        complain(f"damaged: {damage_line(store, item)}")
+    if len(damage) > _NAMED_MAX:
+        complain(f"{len(damage) - _NAMED_MAX:,} more damaged places; imgfs check {path} names them all")
 
 
 def damage_line(store: Store, damage: Damage) -> str:
