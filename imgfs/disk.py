@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 Buffer = bytes | bytearray | memoryview
 
@@ -56,6 +56,27 @@ class Disk:
     def size(self, file: int) -> int:
         """Return the length of *file* in bytes."""
         return os.fstat(file).st_size
+
+    def holes(self, file: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield where each hole of *file* between *start* and *end* begins and ends; none where it cannot be told."""
+        position = start
+        while position < end:
+            try:
+                hole = os.lseek(file, position, os.SEEK_HOLE)
+            except OSError:
+                return
+            # Behind its last byte each file has a hole, so to say.
+            if hole >= end:
+                return
+            try:
+                position = min(os.lseek(file, hole, os.SEEK_DATA), end)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    return
+                position = min(self.size(file), end)
+            if position <= hole:
+                return
+            yield hole, position
 
     def read(self, file: int, offset: int, size: int, *, nowait: bool = False) -> bytes:
         """Return up to *size* bytes at *offset*; fewer only where the file ends.

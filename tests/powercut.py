@@ -10,7 +10,7 @@ used twice. Paths start at the root and hold no `..`.
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -217,6 +217,10 @@ class SimulatedDisk(Disk):
     def size(self, file: int) -> int:
         self._call("size")
         return len(self._opened(file).file.data)
+
+    def holes(self, file: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        self._call("holes")
+        return iter(())
 
     def read(self, file: int, offset: int, size: int, *, nowait: bool = False) -> bytes:
         self._call("read")

@@ -40,6 +40,7 @@ COMMANDS = {
     "info": ("looking", "Show what a store holds, its limits and its state."),
     "check": ("upkeep", "Read everything and verify every checksum."),
     "rebuild-index": ("upkeep", "Make the index files anew from the volumes."),
+    "dump": ("dumping", "Print any file of a store as text."),
 }
 
 
