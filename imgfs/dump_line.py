@@ -1,10 +1,10 @@
-"""A line of `imgfs dump`: a word and named values, as text that grep and diff take, or as one JSON object.
+r"""A line of `imgfs dump`: a word and named values, as text that grep and diff take, or as one JSON object.
 
 Owns how a value is written in either. Must not know any file of a store.
 
 Text is `WORD NAME=VALUE NAME=VALUE ...`, one space between. A value is a number, a word, or in double quotes; several
-values are separated by commas, and `-` is none of them. In quotes, `\\\\`, `\\"`, `\\n`, `\\r` and `\\t` are as in C, `\\xNN`
-is a byte that is no part of UTF-8 text, `\\uNNNN` and `\\UNNNNNNNN` a character that cannot be shown.
+values are separated by commas, and `-` is none of them. In quotes, `\\`, `\"`, `\n`, `\r` and `\t` are as in C, `\xNN`
+is a byte that is no part of UTF-8 text, `\uNNNN` and `\UNNNNNNNN` a character that cannot be shown.
 """
 
 import json

@@ -222,9 +222,7 @@ class VolumeDump:
             return {"footer": BAD, "data": BAD}
         whole = unpack_footer(raw, needle.data_size, needle.checksum) is not None
         numbers = FOOTER.unpack(raw[-FOOTER.size :])
-        fields: dict[str, Value] = {
-            name: f"{number:08x}" for name, number in zip(FOOTER_FIELDS, numbers, strict=True)
-        }
+        fields: dict[str, Value] = {name: f"{number:08x}" for name, number in zip(FOOTER_FIELDS, numbers, strict=True)}
         chunk_crcs = [crc for (crc,) in struct.iter_unpack("<I", raw[: -FOOTER.size])]
         if chunk_crcs:
             fields["chunk_crcs"] = [f"{crc:08x}" for crc in chunk_crcs]
@@ -301,7 +299,7 @@ def _unverified_fields(raw: bytes) -> dict[str, Value]:
     header_bytes, name_bytes = named["header_bytes"], named["name_bytes"]
     del named["magic"]
     fields = _shown(named)
-    if NEEDLE_HEADER_BYTES <= header_bytes and header_bytes + name_bytes <= len(raw):
+    if header_bytes >= NEEDLE_HEADER_BYTES and header_bytes + name_bytes <= len(raw):
         fields["name"] = raw[header_bytes : header_bytes + name_bytes]
         fields |= tagged_fields(unpack_extras(raw[NEEDLE_HEADER_BYTES:header_bytes]))
     return fields
