@@ -203,7 +203,7 @@ def _flat(word: str, content: object, more: dict[str, Value]) -> Iterator[Line]:
                 else:
                     fields[f"${name}" if name == "line" or name.startswith("$") else name] = simple
             yield Line(word, {"$": path, **fields, **more})
-        elif isinstance(value, list):
+        elif isinstance(value, list) and _simple(value) is None:
             below = [(f"{path}[{number}]", part) for number, part in enumerate(value)]
         else:
             yield Line("value", {"$": path, "value": _simple(value)})

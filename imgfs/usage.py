@@ -38,6 +38,14 @@ _POINTED_AT = [Kind.FILE, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK]
 _PUNCHED = [Kind.FILE, Kind.SYMLINK, Kind.XATTR]
 _METADATA = [Kind.DIRECTORY, Kind.DELETE, Kind.RENAME, Kind.EXCHANGE, Kind.ATTRIBUTES, Kind.OWNER, Kind.CHECKPOINT]
 
+
+def _among(kinds: list[Kind]) -> npt.NDArray[np.bool_]:
+    """Return for each byte whether it is one of *kinds*."""
+    return np.isin(np.arange(256), kinds)
+
+
+_IS_POINTED_AT, _IS_PUNCHED, _IS_METADATA = _among(_POINTED_AT), _among(_PUNCHED), _among(_METADATA)
+
 Bytes = npt.NDArray[np.int64]
 
 
@@ -124,11 +132,11 @@ class Usage:
         offsets = index["offset8"].astype(np.int64) * ALIGNMENT
         live = self._live(index, row)
         classes = np.full(len(index), Class.DEAD, np.uint8)
-        classes[np.isin(index["kind"], _METADATA)] = Class.METADATA
+        classes[_IS_METADATA[index["kind"]]] = Class.METADATA
         classes[live] = Class.LIVE
         starts = np.concatenate([[0, NEEDLES_START], offsets, [end]])
         classes = np.concatenate([[Class.METADATA, Class.DEAD], classes, [Class.DEAD]])
-        punched = np.isin(index["kind"], _PUNCHED) & ~live
+        punched = _IS_PUNCHED[index["kind"]] & ~live
         bounds, classes = _with_holes(starts, classes, size, holes)
         return VolumeUsage(
             entry.volume_id,
@@ -177,11 +185,13 @@ class Usage:
         records = np.frombuffer(memory.map, RECORDS, used, RECORDS_AT)
         slot = index["slot"].astype(np.int64) - 1
         inside = (slot >= 0) & (slot < used)
-        record = records[np.where(inside, slot, 0)]
-        alive = inside & (record["flags"] & Flag.KIND != 0) & (record["flags"] & Flag.DEAD == 0)
-        alive &= record["hash_generation"] >> 24 == index["hash_generation"] >> 24
-        here = (record["volume"] == row) & (record["offset8"] == index["offset8"])
-        live: npt.NDArray[np.bool_] = np.isin(index["kind"], _POINTED_AT) & alive & here
+        at = np.where(inside, slot, 0)
+        # Column by column: rows of 39 bytes would be copied whole.
+        flags = records["flags"][at]
+        alive = inside & (flags & Flag.KIND != 0) & (flags & Flag.DEAD == 0)
+        alive &= records["hash_generation"][at] >> 24 == index["hash_generation"] >> 24
+        here = (records["volume"][at] == row) & (records["offset8"][at] == index["offset8"])
+        live: npt.NDArray[np.bool_] = _IS_POINTED_AT[index["kind"]] & alive & here
         attributes = index["kind"] == Kind.XATTR
         if attributes.any():
             rare = np.frombuffer(memory.map, RARE_ENTRIES, memory.words[Word.RARE_ENTRIES], RARE_AT)
@@ -199,7 +209,10 @@ def _with_holes(
     starts: Bytes, classes: npt.NDArray[np.uint8], size: int, holes: Bytes
 ) -> tuple[Bytes, npt.NDArray[np.uint8]]:
     """Return bounds and classes of what begins at *starts*, up to *size*, and of *holes* (count x 2) on top."""
-    bounds = np.unique(np.concatenate([starts, holes.ravel(), [size]]))
+    bounds = np.append(starts, size)
+    if len(holes):
+        bounds = np.sort(np.concatenate([bounds, holes.ravel()]), kind="stable")
+    bounds = bounds[np.append(True, np.diff(bounds) > 0)]
     # Of several that begin at one place the last has a length.
     found = classes[np.searchsorted(starts, bounds[:-1], "right") - 1]
     if len(holes):

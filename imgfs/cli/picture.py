@@ -77,7 +77,7 @@ class Picture:
         count = math.ceil(usage.size / self._row_bytes)
         edges = np.minimum(np.arange(count * _COLUMNS + 1) * (self._row_bytes / _COLUMNS), usage.size)
         cells = choose_cells(usage.spread(edges))
-        first = np.unique((usage.needles / self._row_bytes * _COLUMNS).astype(np.int64))
+        first = np.unique(np.ceil(usage.needles / self._row_bytes * _COLUMNS).astype(np.int64))
         if len(first) * _NEEDLE_COLUMNS_MIN < usage.size / self._row_bytes * _COLUMNS:
             cells[first[first < len(cells)]] += len(Class)
         top = self._y
