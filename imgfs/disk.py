@@ -57,27 +57,6 @@ class Disk:
         """Return the length of *file* in bytes."""
         return os.fstat(file).st_size
 
-    def holes(self, file: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield where each hole of *file* between *start* and *end* begins and ends; none where it cannot be told."""
-        position = start
-        while position < end:
-            try:
-                hole = os.lseek(file, position, os.SEEK_HOLE)
-            except OSError:
-                return
-            # Behind its last byte each file has a hole, so to say.
-            if hole >= end:
-                return
-            try:
-                position = min(os.lseek(file, hole, os.SEEK_DATA), end)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    return
-                position = min(self.size(file), end)
-            if position <= hole:
-                return
-            yield hole, position
-
     def read(self, file: int, offset: int, size: int, *, nowait: bool = False) -> bytes:
         """Return up to *size* bytes at *offset*; fewer only where the file ends.
 
@@ -149,6 +128,37 @@ class Disk:
         except OSError:
             return False
         return True
+
+    def next_data(self, file: int, offset: int) -> int:
+        """Return where at or behind *offset* there is anything but a hole; the size of the file if nowhere."""
+        try:
+            return os.lseek(file, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return os.fstat(file).st_size
+
+    def next_hole(self, file: int, offset: int) -> int:
+        """Return where at or behind *offset* a hole begins; the size of the file if none does."""
+        try:
+            return os.lseek(file, offset, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return os.fstat(file).st_size
+
+    def holes(self, file: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield where each hole of *file* between *start* and *end* begins and ends."""
+        position = start
+        while position < end:
+            hole = self.next_hole(file, position)
+            if hole >= end:
+                return
+            position = min(self.next_data(file, hole), end)
+            # Filled, or cut off, since the line before.
+            if position <= hole:
+                return
+            yield hole, position
 
     # -- names ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ used twice. Paths start at the root and hold no `..`.
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -218,10 +218,6 @@ class SimulatedDisk(Disk):
         self._call("size")
         return len(self._opened(file).file.data)
 
-    def holes(self, file: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-        self._call("holes")
-        return iter(())
-
     def read(self, file: int, offset: int, size: int, *, nowait: bool = False) -> bytes:
         self._call("read")
         if offset < 0 or size < 0:
@@ -277,6 +273,12 @@ class SimulatedDisk(Disk):
     def hint_extent_size(self, file: int, size: int) -> bool:
         self._call("hint_extent_size")
         return False
+
+    def next_data(self, file: int, offset: int) -> int:
+        return min(offset, self.size(file))
+
+    def next_hole(self, file: int, offset: int) -> int:
+        return self.size(file)
 
     def names(self, directory: str) -> list[str]:
         self._call("names", directory)

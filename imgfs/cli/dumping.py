@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from imgfs.cli.text import complain
+from imgfs.cli.text import complain, not_empty
 from imgfs.disk import Disk
 from imgfs.dump import dump
 from imgfs.errors import EXIT_FAILURE, ImgfsError
@@ -17,8 +17,14 @@ from imgfs.errors import EXIT_FAILURE, ImgfsError
 _WRITE_BYTES = 64 << 10
 
 
+def _not_empty(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        not_empty(context, parameter, value)
+    return values
+
+
 @click.command("dump")
-@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, callback=_not_empty)
 @click.option("--data", is_flag=True, help="Print the bytes of images and attributes too, in hex.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def dump_command(files: tuple[str, ...], data: bool, as_json: bool) -> None:
