@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 Scalar = int | float | str | bytes | bool | None
@@ -34,7 +35,8 @@ class Line(NamedTuple):
         """Return the line as text, without its end."""
         parts = [self.word]
         for name, value in self.fields.items():
-            parts.append(f"{name if _BARE_NAME.fullmatch(name) else quoted(name)}={_text(value)}")
+            # Most are numbers; a volume has tens of millions.
+            parts.append(f"{_name(name)}={value if type(value) is int else _text(value)}")
         return " ".join(parts)
 
     def json(self) -> str:
@@ -58,6 +60,11 @@ def _escaped(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:
         return f"\\x{code - 0xDC00:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+@lru_cache(maxsize=1024)
+def _name(name: str) -> str:
+    return name if _BARE_NAME.fullmatch(name) else quoted(name)
 
 
 def _text(value: Value) -> str:

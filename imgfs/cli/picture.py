@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from imgfs.cli.text import binary_size, one_line
 from imgfs.errors import NotSupported
+from imgfs.format import aligned
 from imgfs.usage import Class, VolumeUsage
 
 Cells = npt.NDArray[np.uint8]
@@ -229,6 +230,9 @@ def _layout(sizes: Sequence[int]) -> tuple[int, int, int]:
         if count * (_ROW_HEIGHT_MIN + _ROW_GAP) > room:
             break
         row_bytes //= 2
+    if row_bytes > max(sizes):
+        # A volume is sealed near its limit, a little below or above: let the largest fill its row.
+        row_bytes = aligned(max(sizes))
     count = sum(-(-size // row_bytes) for size in sizes)
     height = min(max(room // count - _ROW_GAP, _ROW_HEIGHT_MIN), _ROW_HEIGHT_MAX)
     return row_bytes, height, gap
