@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 Buffer = bytes | bytearray | memoryview
 
@@ -185,6 +185,19 @@ class Disk:
         """Give *target* the times of *source*."""
         status = os.fstat(source)
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def holes(self, file: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield where each hole of *file* between *start* and *end* begins and ends."""
+        position = start
+        while position < end:
+            hole = self.next_hole(file, position)
+            if hole >= end:
+                return
+            position = min(self.next_data(file, hole), end)
+            # Filled, or cut off, since the line before.
+            if position <= hole:
+                return
+            yield hole, position
 
     # -- names ------------------------------------------------------------------------------------------------
 

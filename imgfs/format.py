@@ -96,8 +96,11 @@ PREVIOUS_END = struct.Struct("<QQ")
 # -- volume header ------------------------------------------------------------------------------------------------
 
 VOLUME_MAGIC = b"imgfsvol"
-# magic, version, length, incompatible, compatible, padding, store, salt, volume, first sequence, created, size limit
 VOLUME_HEADER = struct.Struct("<8sHHIII16s16sQQqQ")
+VOLUME_HEADER_FIELDS = (
+    *("magic", "version", "length", "incompatible", "compatible", "padding", "store_id", "salt"),
+    *("volume_id", "first_sequence", "created_ns", "volume_bytes_max"),
+)
 CHECKSUM = struct.Struct("<Q")
 VOLUME_HEADER_BYTES = VOLUME_HEADER.size + CHECKSUM.size
 # The header stands twice, a page apart: without its salt no needle of the volume could be recognised.
@@ -213,12 +216,15 @@ def unpack_volume_header(data: Buffer) -> VolumeHeader:
 # -- needle -------------------------------------------------------------------------------------------------------
 
 NEEDLE_MAGIC = 0x4C44454E  # "NEDL"
-# magic, length, kind, flags, sequence, inode, parent, mtime, ctime, commit time, durable mark,
-# data size, uid, gid, mode, owner, name length, 6 bytes kept for later
-NEEDLE_HEADER = struct.Struct("<IHBBQQQqqqQIIIHHH6x")
+NEEDLE_HEADER = struct.Struct("<IHBBQQQqqqQIIIHHH6x")  # the last 6 bytes are kept for later
+NEEDLE_HEADER_FIELDS = (
+    *("magic", "header_bytes", "kind", "flags", "sequence", "inode", "parent", "mtime_ns", "ctime_ns", "commit_ns"),
+    *("durable", "data_size", "uid", "gid", "mode", "owner", "name_bytes"),
+)
 NEEDLE_HEADER_BYTES = NEEDLE_HEADER.size + CHECKSUM.size
 # CRC-32C of the data; CRC-32C of this footer's other bytes, seeded with the header's checksum
 FOOTER = struct.Struct("<II")
+FOOTER_FIELDS = ("data_crc", "footer_crc")
 _CHUNK_CRC = struct.Struct("<I")
 
 
@@ -447,13 +453,17 @@ def unpack_xattrs(data: Buffer) -> dict[bytes, bytes]:
 
 # -- index files --------------------------------------------------------------------------------------------------
 
-# kind, slot + 1, parent slot + 1, name offset, offset / 8, size, mtime ns, ctime s, owner, name hash | generation << 24
 INDEX_RECORD = struct.Struct("<BIIIIIqIHI")
+# slot and parent are slot + 1, offset8 is offset / 8, the last is name hash | generation << 24
+INDEX_RECORD_FIELDS = (
+    *("kind", "slot", "parent", "name_offset", "offset8", "size", "mtime", "ctime", "owner", "hash_generation"),
+)
 INDEX_RECORD_BYTES = 39
 assert INDEX_RECORD.size == INDEX_RECORD_BYTES
 
 NAMES_MAGIC = b"imgfsnam"
-NAMES_HEADER = struct.Struct("<8sQ")  # magic, volume
+NAMES_HEADER = struct.Struct("<8sQ")
+NAMES_HEADER_FIELDS = ("magic", "volume_id")
 NAMES_BYTES_LIMIT = 1 << 32
 
 

@@ -31,6 +31,7 @@ from imgfs.requests import NOBODY, Request
 from imgfs.settings import Settings
 from imgfs.staging import DIRTY, Staged
 from imgfs.tree import PERMISSIONS
+from imgfs.usage import Usage
 from imgfs.view import Attr, Counts, Entry, Location, Space
 from imgfs.xattrs import Xattrs
 
@@ -203,6 +204,10 @@ class Store(Xattrs):
         Nobody else may change the store meanwhile, unless it was opened for reading.
         """
         return check_volumes(self._table, self._volumes)
+
+    def usage(self) -> Usage:
+        """Return what tells live bytes of the volumes from dead ones; the store is open for reading."""
+        return Usage(self._disk, self._table, self._volumes, self.report.rebuilt)
 
     def reclaimer(
         self,

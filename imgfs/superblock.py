@@ -38,7 +38,7 @@ def pack_superblock(superblock: Superblock) -> bytes:
         "store": str(uuid.UUID(bytes=superblock.store_id)),
         "volume_bytes_max": superblock.volume_bytes_max,
     }
-    return (json.dumps(fields | {"checksum": _superblock_checksum(fields)}, indent=2) + "\n").encode()
+    return (json.dumps(fields | {"checksum": superblock_checksum(fields)}, indent=2) + "\n").encode()
 
 
 def unpack_superblock(data: bytes) -> Superblock:
@@ -51,7 +51,7 @@ def unpack_superblock(data: bytes) -> Superblock:
     try:
         fields = json.loads(data)
         checksum = fields.pop("checksum")
-        if checksum != _superblock_checksum(fields):
+        if checksum != superblock_checksum(fields):
             raise ValueError("checksum")
         version, incompatible, release = fields["format"], fields["incompatible"], fields["readable_by"]
         if version > FORMAT_VERSION or incompatible & ~KNOWN_INCOMPATIBLE:
@@ -61,5 +61,6 @@ def unpack_superblock(data: bytes) -> Superblock:
         raise Damaged("imgfs.json is damaged; it can be made again from the volumes") from None
 
 
-def _superblock_checksum(fields: Mapping[str, object]) -> str:
+def superblock_checksum(fields: Mapping[str, object]) -> str:
+    """Return the checksum that belongs to *fields*, which are all the others."""
     return f"{crc32c(json.dumps(fields, sort_keys=True).encode()):08x}"

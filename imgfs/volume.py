@@ -102,6 +102,10 @@ class Volume:
         """Make all needles durable that were appended before the call."""
         self._disk.sync(self._file)
 
+    def holes(self) -> Iterator[tuple[int, int]]:
+        """Yield where each hole of the file begins and ends, in bytes."""
+        return self._disk.holes(self._file, 0, self.size())
+
     # -- reading ----------------------------------------------------------------------------------------------
 
     def prefetch(self, offset: int, size: int) -> None:

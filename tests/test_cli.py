@@ -77,6 +77,8 @@ def test_a_wrong_command_line_is_one_line(arguments: list[str], run: Run) -> Non
         ["info", ""],
         ["check", ""],
         ["rebuild-index", ""],
+        ["map", ""],
+        ["dump", "lock", ""],
     ],
 )
 def test_an_empty_path_is_a_wrong_command_line(arguments: list[str], run: Run) -> None:

@@ -103,7 +103,11 @@ def test_offsets_sizes_types_and_total_are_those_of_the_struct(title: str) -> No
         ("STAGED", list(Staged._fields)),
         ("INDEX_STATE", list(IndexState._fields)),
         ("PREVIOUS_END + INDEX_STATE", [*PreviousEnd._fields[:2], *IndexState._fields]),
-        ("INDEX_RECORD", list(load.INDEX_RECORDS.names or ())),
+        ("INDEX_RECORD", list(disk_format.INDEX_RECORD_FIELDS)),
+        ("VOLUME_HEADER + CHECKSUM", [*disk_format.VOLUME_HEADER_FIELDS, "checksum"]),
+        ("NEEDLE_HEADER + CHECKSUM", [*disk_format.NEEDLE_HEADER_FIELDS, "reserved", "checksum"]),
+        ("FOOTER", list(disk_format.FOOTER_FIELDS)),
+        ("NAMES_HEADER", list(disk_format.NAMES_HEADER_FIELDS)),
     ],
 )
 def test_fields_have_the_names_of_the_code(title: str, names: list[str]) -> None:
@@ -125,6 +129,7 @@ def test_header_fields_are_attributes_of_what_is_unpacked(title: str, owner: typ
 
 
 def test_numpy_loads_the_same_records() -> None:
+    assert load.INDEX_RECORDS.names == disk_format.INDEX_RECORD_FIELDS
     for title, loaded in (("INDEX_RECORD", load.INDEX_RECORDS), ("RECORD", load.RECORDS)):
         fields = [loaded.fields[name] for name in loaded.names or ()] if loaded.fields else []
         assert [(field[1], field[0].itemsize) for field in fields] == [row[:2] for row in fields_of(title)]

@@ -39,9 +39,11 @@ COMMANDS = {
     "ls": ("looking", "List images and directories."),
     "stat": ("looking", "Show all about one image, and where it lies."),
     "info": ("looking", "Show what a store holds, its limits and its state."),
+    "map": ("mapping", "Draw which bytes of the volumes are live, dead or free."),
     "check": ("upkeep", "Read everything and verify every checksum."),
     "compact": ("compacting", "Rewrite the volumes that hold little of use."),
     "rebuild-index": ("upkeep", "Make the index files anew from the volumes."),
+    "dump": ("dumping", "Print any file of a store as text."),
 }
 
 
