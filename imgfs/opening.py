@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 
+from imgfs.asof import AsOf
 from imgfs.disk import Disk
 from imgfs.errors import Busy, Damaged, InvalidArgument, NoStore, disk_error
 from imgfs.format import (
@@ -98,11 +99,16 @@ def _begin(writer: Log, uid: int, gid: int, mode: int) -> None:
     writer.sync(final=True)
 
 
-def open_parts(path: str, disk: Disk, settings: Settings | None, *, writable: bool) -> Opened:
+def open_parts(
+    path: str, disk: Disk, settings: Settings | None, *, writable: bool, as_of_ns: int | None = None
+) -> Opened:
     """Open the store at *path*; everything but the staging files is as the volumes say when this returns.
+
+    With *as_of_ns*, in ns since 1970, it is as it was then, and cannot be *writable*.
 
     Raises:
         NoStore: there is none.
+        NotFound: there was none then.
         NewerFormat: it needs a newer release.
         Busy: another process writes to it.
         DiskFailure, StoreFull: as the disk says.
@@ -117,10 +123,11 @@ def open_parts(path: str, disk: Disk, settings: Settings | None, *, writable: bo
             settings = Settings(volume_bytes_max=superblock.volume_bytes_max)
         else:
             settings = replace(settings, volume_bytes_max=superblock.volume_bytes_max)
+        assert as_of_ns is None or not writable, "the past cannot be changed"
         lock = _take_lock(path, disk) if writable else None
         memory = Memory()
         try:
-            opened = _open_locked(path, disk, superblock, settings, memory, lock)
+            opened = _open_locked(path, disk, superblock, settings, memory, lock, as_of_ns)
         except BaseException:
             memory.close()
             if lock is not None:
@@ -156,13 +163,21 @@ def attach_parts(
 
 
 def _open_locked(
-    path: str, disk: Disk, superblock: Superblock, settings: Settings, memory: Memory, lock: int | None
+    path: str,
+    disk: Disk,
+    superblock: Superblock,
+    settings: Settings,
+    memory: Memory,
+    lock: int | None,
+    as_of_ns: int | None,
 ) -> Opened:
     table = Table(memory, hash_seed(superblock.store_id))
     writable = lock is not None
-    recovery = Recovery(
-        disk, path, table, writable=writable, live_writer=not writable and owner(path, disk) is not None
-    )
+    live_writer = not writable and owner(path, disk) is not None
+    if as_of_ns is None:
+        recovery = Recovery(disk, path, table, writable=writable, live_writer=live_writer)
+    else:
+        recovery = AsOf(disk, path, table, as_of_ns, live_writer=live_writer)
     recovery.run()
     writer = None
     if writable:

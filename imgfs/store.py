@@ -37,10 +37,7 @@ __all__ = ["PERMISSIONS", "ROOT", "Attr", "Counts", "Entry", "Location", "Space"
 class Store(Xattrs):
     """An open store; make one with `Store.open`."""
 
-    def __init__(
-        self, path: str, disk: Disk, settings: Settings | None, *, writable: bool, parts: Opened | None = None
-    ) -> None:
-        parts = parts or open_parts(path, disk, settings, writable=writable)
+    def __init__(self, path: str, disk: Disk, parts: Opened) -> None:
         super().__init__(path, disk, parts)
         self._log = parts.log
         self._lock_file = parts.lock
@@ -51,14 +48,24 @@ class Store(Xattrs):
 
     @classmethod
     def open(
-        cls, path: str, *, writable: bool = True, disk: Disk | None = None, settings: Settings | None = None
+        cls,
+        path: str,
+        *,
+        writable: bool = True,
+        as_of_ns: int | None = None,
+        disk: Disk | None = None,
+        settings: Settings | None = None,
     ) -> Self:
         """Open the store at *path*; `report` tells what recovery found.
 
+        With *as_of_ns*, in ns since 1970, it is as it was then; this needs *writable* to be false.
+
         Raises:
-            NoStore, NewerFormat, Busy, DiskFailure, StoreFull: as `opening.open_parts`.
+            NoStore, NotFound, NewerFormat, Busy, DiskFailure, StoreFull: as `opening.open_parts`.
         """
-        store = cls(path, disk or Disk(), settings, writable=writable)
+        disk = disk or Disk()
+        parts = open_parts(path, disk, settings, writable=writable, as_of_ns=as_of_ns)
+        store = cls(path, disk, parts)
         if writable:
             store._staging.clear()
         store._volumes.prefetch_names()
@@ -88,7 +95,7 @@ class Store(Xattrs):
         disk = disk or Disk()
         memory = Memory(memory_descriptor)
         parts = attach_parts(path, disk, settings, memory, lock_descriptor, writable=writable)
-        return cls(path, disk, settings, writable=writable, parts=parts)
+        return cls(path, disk, parts)
 
     @property
     def memory_descriptor(self) -> int:
