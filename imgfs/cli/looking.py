@@ -23,6 +23,7 @@ from imgfs.cli.text import (
     escape,
     is_terminal,
     local_time,
+    moment,
     name_for,
     not_empty,
     path_argument,
@@ -47,17 +48,21 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @click.argument("path", metavar="[PATH]", required=False, callback=not_empty)
 @click.option("-l", "long", is_flag=True, help="Show mode, links, owner, group, size and time too.")
 @click.option("-R", "recursive", is_flag=True, help="List what is in directories below, too.")
-def ls_command(store_path: str, path: str | None, long: bool, recursive: bool) -> None:
+@click.option("--as-of", "as_of_ns", metavar="TIME", type=moment, help="List what was there then.")
+def ls_command(store_path: str, path: str | None, long: bool, recursive: bool, as_of_ns: int | None) -> None:
     """List what is in STORE, or in the directory PATH of it; paths start at the top of the store.
 
     Names are sorted by their bytes; a directory of more than 100,000 entries comes in the order of the store. With
     -l, an @ behind the mode marks what has extended attributes; a device shows its two numbers in place of a size.
 
+    TIME is local, as 2026-11-22T14:00, or ends in a zone; or it is @ and seconds since 1970; or an age, as 2h.
+
     \b
-    Example:
+    Examples:
       imgfs ls -l /srv/photos.imgfs 2024/06
+      imgfs ls -l --as-of 2h /srv/photos.imgfs 2024/06
     """
-    with open_store(store_path) as store:
+    with open_store(store_path, as_of_ns=as_of_ns) as store:
         wanted = os.fsencode(path or "")
         attr = store.attr(resolve(store, wanted))
         listing = _Listing(store, long=long, terminal=is_terminal())

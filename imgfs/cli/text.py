@@ -1,4 +1,4 @@
-"""How names, sizes and times are written for a person, and how sizes are read from one.
+"""How names, sizes and times are written for a person, and how sizes and times are read from one.
 
 Owns no state. Must not know the store: plain values in, text out.
 """
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+
+from imgfs.moments import BadTime, parse_age, parse_moment
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,6 +32,22 @@ def parse_size(text: str) -> int:
     if match is None:
         raise click.BadParameter(f"'{text}' is no size; write it like 65536, 64K, 512M or 1G")
     return int(match[1]) * _FACTORS[match[2].upper()]
+
+
+def moment(text: str) -> int:
+    """Return the time that *text* on a command line means, in ns since 1970. click.BadParameter."""
+    try:
+        return parse_moment(text, time.time_ns())
+    except BadTime as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def age(text: str) -> int:
+    """Return the length of time that *text* on a command line means, in ns. click.BadParameter."""
+    try:
+        return parse_age(text)
+    except BadTime as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def path_argument(name: str, metavar: str) -> Callable[[F], F]:
