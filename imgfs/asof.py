@@ -113,9 +113,14 @@ class AsOf(Recovery):
 
 def rows_until(volume: Volume, records: npt.NDArray[np.void], until_ns: int) -> int:
     """Return how many of the index *records* of *volume* tell of needles that were appended up to *until_ns*."""
-    dated = np.flatnonzero(~np.isin(records["kind"], _UNDATED))
+    dated = np.flatnonzero(is_dated(records))
     place = bisect_right(range(len(dated)), until_ns, key=lambda row: appended_ns(volume, records[dated[row]]))
     return int(dated[place]) if place < len(dated) else len(records)
+
+
+def is_dated(records: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+    """Return for each of *records* whether it tells of a change, whose time tells its place in the log."""
+    return ~np.isin(records["kind"], _UNDATED)
 
 
 def appended_ns(volume: Volume, record: npt.NDArray[np.void] | np.void) -> int:

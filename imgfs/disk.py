@@ -129,6 +129,15 @@ class Disk:
             return False
         return True
 
+    def next_hole(self, file: int, offset: int) -> int:
+        """Return where at or behind *offset* a hole begins; the size of *file* if nowhere, or if nobody can tell."""
+        try:
+            return os.lseek(file, offset, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            return os.fstat(file).st_size
+
     # -- names ------------------------------------------------------------------------------------------------
 
     def names(self, directory: str) -> list[str]:

@@ -54,7 +54,7 @@ RARE_ENTRIES = np.dtype(
     [(name, "<u4") for name in ("next", "slot", "generation", "links", "volume", "offset8", "size")]
 )
 assert RARE_ENTRIES.itemsize == RARE.size
-_PUTS = [Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK]
+PUTS = [Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK]
 # What changes inodes that were put before; a link does so to its target.
 _EVENTS = [Kind.RENAME, Kind.DELETE, Kind.ATTRIBUTES, Kind.XATTR, Kind.LINK]
 # Linking sorts so many records at a time, which bounds the memory it takes.
@@ -89,7 +89,7 @@ class Loader:
             self._last = np.full(self._slots + (self._slots >> 3), -1, np.int32)
         kind = np.ascontiguousarray(index["kind"])
         position = np.arange(len(index), dtype=np.int32)
-        puts = np.isin(kind, _PUTS)
+        puts = np.isin(kind, PUTS)
         put, put_at = self._last_of(position[puts], index["slot"][puts].astype(np.int64) - 1)
         fresh = np.zeros(len(put), RECORDS)
         source = index[put]

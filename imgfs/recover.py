@@ -204,6 +204,8 @@ class Recovery:
         self.mender = Mender(table, self.volumes, writable=writable)
         self.next_sequence = 1
         self._owners: set[int] = set()
+        # The index records of each volume, for whoever wants to look back.
+        self.kept: list[bytes] | None = None
 
     def run(self) -> None:
         """Fill the table and `volumes`.
@@ -299,7 +301,8 @@ class Recovery:
                 self.report.damage.append(Damage(header.volume_id, size, 0, text))
         self._loader.add(bytes(index.records[: settled * INDEX_RECORD_BYTES]), entry)
         self.volumes.add(entry, OpenVolume(volume, self._settle_index(index, paths, records, names)))
-        self._took(index)
+        if self.kept is not None:
+            self.kept.append(bytes(index.records))
         if last:
             self.tail = Tail(
                 volume.path,
@@ -331,9 +334,6 @@ class Recovery:
         if self._writable or names[: len(index.names)] == index.names:
             return Names(self._disk, self._disk.open(paths.names), len(index.names))
         return Names(self._disk, None, 0, bytes(index.names))
-
-    def _took(self, index: IndexContent) -> None:
-        """Be told what *index* the volume has that was loaded."""
 
     def _report(self, survey: Survey) -> None:
         self.report.damage += survey.damage

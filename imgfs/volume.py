@@ -165,6 +165,17 @@ class Volume:
             return False
         return True
 
+    def is_kept(self, needle: Needle, offset: int) -> bool:
+        """Return whether the bytes of *needle*, which lies at *offset*, are still there; reads none unless it must."""
+        try:
+            self.footer_of(needle, offset)
+        except Damaged:
+            return False
+        if not needle.data_size or self._disk.next_hole(self._file, offset) >= offset + needle.length:
+            return True
+        # A copy of the file may have holes where an image has zeros.
+        return self.whole(needle, offset)
+
     def scan(self, start: int, end: int) -> Iterator[tuple[int, Needle] | Gap]:
         """Yield (offset, needle) for each needle between *start* and *end*, and the gaps; reads headers only."""
         window, window_start = b"", start

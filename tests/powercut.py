@@ -19,6 +19,7 @@ from survivors import NAME_BYTES_MAX, Directory, File, Operation, Survivor, Tree
 from imgfs.disk import Buffer, Disk, WouldBlock
 
 _BLOCK_BYTES = 512
+_HOLE_BYTES = 4096
 _ENDLESS_BYTES = 1 << 50
 
 
@@ -273,6 +274,14 @@ class SimulatedDisk(Disk):
     def hint_extent_size(self, file: int, size: int) -> bool:
         self._call("hint_extent_size")
         return False
+
+    def next_hole(self, file: int, offset: int) -> int:
+        # What is all zeros counts as a hole, as a copy of the file may have one there.
+        data = self._opened(file).file.data
+        for start in range(-(-offset // _HOLE_BYTES) * _HOLE_BYTES, len(data) - _HOLE_BYTES + 1, _HOLE_BYTES):
+            if not any(data[start : start + _HOLE_BYTES]):
+                return start
+        return len(data)
 
     def names(self, directory: str) -> list[str]:
         self._call("names", directory)

@@ -38,6 +38,7 @@ COMMANDS = {
     "ls": ("looking", "List images and directories."),
     "stat": ("looking", "Show all about one image, and where it lies."),
     "info": ("looking", "Show what a store holds, its limits and its state."),
+    "trash": ("trash", "List, bring back, or give up what was deleted."),
     "check": ("upkeep", "Read everything and verify every checksum."),
     "rebuild-index": ("upkeep", "Make the index files anew from the volumes."),
 }

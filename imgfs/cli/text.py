@@ -3,11 +3,14 @@
 Owns no state. Must not know the store: plain values in, text out.
 """
 
+import grp
 import os
+import pwd
 import re
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import click
@@ -136,10 +139,28 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def local_time(time_ns: int, *, nanoseconds: bool = False) -> str:
-    """Return a time in the local zone, to the minute or to the nanosecond."""
+def local_time(time_ns: int, *, to_the_second: bool = False, nanoseconds: bool = False) -> str:
+    """Return a time in the local zone, to the minute, to the second, or to the nanosecond."""
     seconds, rest = divmod(time_ns, 1_000_000_000)
-    moment = time.localtime(seconds)
+    local = time.localtime(seconds)
     if nanoseconds:
-        return time.strftime("%Y-%m-%d %H:%M:%S", moment) + f".{rest:09d}" + time.strftime(" %z", moment)
-    return time.strftime("%Y-%m-%d %H:%M", moment)
+        return time.strftime("%Y-%m-%d %H:%M:%S", local) + f".{rest:09d}" + time.strftime(" %z", local)
+    return time.strftime("%Y-%m-%d %H:%M:%S" if to_the_second else "%Y-%m-%d %H:%M", local)
+
+
+@lru_cache(maxsize=256)
+def user_name(uid: int) -> str:
+    """Return the name of a user; the number where nobody has it."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+@lru_cache(maxsize=256)
+def group_name(gid: int) -> str:
+    """Return the name of a group; the number where none has it."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
