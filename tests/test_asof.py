@@ -3,7 +3,8 @@
 from random import Random
 
 import pytest
-from crash_model import SETTINGS, STORE, Clock, Workload, needles, open_store, photo, without_index
+from crash_model import SETTINGS, STORE, Clock, needles, open_store, photo, without_index
+from dated import Dated
 from powercut import SimulatedDisk
 from snapshots import Snapshot, assert_same, snapshot
 from workloads import large_images, names_and_attributes, random_operations, small_images
@@ -13,20 +14,6 @@ from imgfs.format import NEEDLES_START, Kind, Needle, hash_seed, name_hash, unpa
 from imgfs.index import checkpoint, names_a_name, names_header, pack_name, pack_record, state_of
 from imgfs.store import Store
 from imgfs.volume import Volume
-
-
-class Dated(Workload):
-    """A workload that remembers when it was in which state."""
-
-    def times(self) -> list[int]:
-        """Return the time at which each operation was done."""
-        return self._times
-
-    def _look(self) -> Snapshot:
-        if not hasattr(self, "_times"):
-            self._times: list[int] = []
-        self._times.append(self.clock.now_ns)
-        return super()._look()
 
 
 @pytest.fixture
@@ -44,7 +31,7 @@ def seen_at(disk: SimulatedDisk, moment_ns: int) -> Snapshot:
 
 
 def assert_all_come_back(disk: SimulatedDisk, work: Dated, what: str) -> None:
-    for number, (moment_ns, wanted) in enumerate(zip(work.times(), work.history, strict=True)):
+    for number, (moment_ns, wanted) in enumerate(zip(work.times, work.history, strict=True)):
         for later_ns in (0, 1_000):  # between two changes the store is as after the first
             assert_same(seen_at(disk, moment_ns + later_ns), wanted, f"{what}: state {number} of {len(work.history)}")
 
@@ -74,7 +61,7 @@ def test_every_state_of_a_random_history_comes_back(seed: int, work: Dated) -> N
 
 def test_before_the_store_was_made_there_is_none(work: Dated) -> None:
     with pytest.raises(NotFound, match="was not there yet"):
-        Store.open(STORE, disk=work.disk, writable=False, as_of_ns=work.times()[0] - 1)
+        Store.open(STORE, disk=work.disk, writable=False, as_of_ns=work.times[0] - 1)
     work.close()
 
 
@@ -103,7 +90,7 @@ def put_and_punch(work: Dated) -> tuple[int, bytes]:
 
 def test_what_was_punched_out_is_shown_and_cannot_be_read(work: Dated) -> None:
     number, path = put_and_punch(work)
-    with Store.open(STORE, disk=work.disk, writable=False, as_of_ns=work.times()[number]) as store:
+    with Store.open(STORE, disk=work.disk, writable=False, as_of_ns=work.times[number]) as store:
         seen = snapshot(store, damaged=True)
         with pytest.raises(Damaged):
             store.open_image(store.resolve(path))
