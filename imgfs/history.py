@@ -7,7 +7,9 @@ reads no volume but where a time or a name is asked for.
 *Concurrency:* what was read does not change, whatever a writer appends meanwhile.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -69,7 +71,7 @@ class History:
         self._volumes = volumes
         parts = [np.frombuffer(part, INDEX_RECORDS) for part in records]
         self.rows = np.concatenate(parts) if parts else np.zeros(0, INDEX_RECORDS)
-        self._starts = np.cumsum([0, *map(len, parts)])
+        self._starts = list(accumulate(map(len, parts), initial=0))
         self.kind = np.ascontiguousarray(self.rows["kind"])
         self.slot = self.rows["slot"].astype(np.int64) - 1
         self.generation = self.rows["hash_generation"] >> 24
@@ -97,7 +99,7 @@ class History:
     def row_at(self, moment_ns: int) -> int:
         """Return the first row that was appended after *moment_ns*."""
         for number in range(len(self._volumes) - 1, -1, -1):
-            start, end = int(self._starts[number]), int(self._starts[number + 1])
+            start, end = self._starts[number], self._starts[number + 1]
             dated = np.flatnonzero(is_dated(self.rows[start:end]))
             count = rows_until(self._volumes[number].volume, self.rows[start:end], moment_ns)
             if len(dated) and count > dated[0]:
@@ -112,7 +114,7 @@ class History:
 
     def volume(self, row: int) -> OpenVolume:
         """Return the volume that the needle of *row* lies in."""
-        return self._volumes[int(np.searchsorted(self._starts, row, side="right")) - 1]
+        return self._volumes[bisect_right(self._starts, row) - 1]
 
     def offset(self, row: int) -> int:
         """Return where in its volume the needle of *row* lies, in bytes."""
@@ -160,12 +162,17 @@ class History:
 
     def attributes(self, put: int, moment: int) -> Attributes:
         """Return what was at *moment* the owner, mode and time of what the put in *row* put."""
-        row = self._attributes_row(put, moment)
-        return Attributes(*self._owner(row), int(self.rows["mtime"][row]))
+        return self.all_attributes(np.array([put]), np.array([moment]))[0]
 
-    def _attributes_row(self, put: int, moment: int) -> int:
-        row = self._attributes.one_before(int(self.slot[put]), moment)
-        return row if row > put and self.generation[row] == self.generation[put] else put
+    def all_attributes(self, puts: Rows, moments: Rows) -> list[Attributes]:
+        """Return the same for each of *puts*."""
+        rows = self._attributes_rows(puts, moments)
+        times = self.rows["mtime"][rows].tolist()
+        return [Attributes(*self._owner(row), time) for row, time in zip(rows.tolist(), times, strict=True)]
+
+    def _attributes_rows(self, puts: Rows, moments: Rows) -> Rows:
+        rows = self._attributes.before(self.slot[puts], moments)
+        return np.where((rows > puts) & (self.generation[rows] == self.generation[puts]), rows, puts)
 
     def _owner(self, row: int) -> tuple[int, int, int]:
         known = self._owners.get(int(self.rows["owner"][row]))
@@ -196,7 +203,8 @@ class History:
             touched_ns = self.volume(row).volume.header_at(self.offset(row)).ctime_ns
         except Damaged:
             return found
-        return found._replace(mtime_ns=touched_ns) if row > self._attributes_row(put, moment) else found
+        told = self._attributes_rows(np.array([put]), np.array([moment]))[0]
+        return found._replace(mtime_ns=touched_ns) if row > told else found
 
     def _find_touches(self) -> Latest:
         """Return what finds the last change of the entries of a directory."""

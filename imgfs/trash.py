@@ -30,6 +30,9 @@ class Cause(enum.Enum):
     OVERWRITTEN = "overwritten"  # the image itself is there, with other bytes
 
 
+_CAUSES = {int(Kind.DELETE): Cause.DELETED, int(Kind.RENAME): Cause.REPLACED}
+
+
 @dataclass(frozen=True)
 class Gone:
     """Something that was in the store."""
@@ -64,8 +67,10 @@ def find(history: History, since_ns: int) -> list[Gone]:
     puts, moments = puts[order], moments[order]
     naming = _naming(history, puts, moments)
     found = []
-    rows = zip(puts.tolist(), moments.tolist(), naming.tolist(), history.paths(naming, moments), strict=True)
-    for put, moment, named, path in rows:
+    columns = puts.tolist(), moments.tolist(), naming.tolist()
+    told = history.paths(naming, moments), history.all_attributes(puts, moments)
+    causes = [_CAUSES.get(kind, Cause.OVERWRITTEN) for kind in history.kind[moments].tolist()]
+    for put, moment, named, path, attributes, cause in zip(*columns, *told, causes, strict=True):
         needle = _kept(history, put)
         if needle is None:
             continue
@@ -82,9 +87,9 @@ def find(history: History, since_ns: int) -> list[Gone]:
                 needle.inode,
                 needle.data_size,
                 needle.record_size if kind == Kind.SPECIAL else 0,
-                history.attributes(put, moment),
+                attributes,
                 went_ns,
-                _cause(history, moment),
+                cause,
                 put,
                 moment,
                 named,
@@ -164,12 +169,3 @@ def _kept(history: History, put: int) -> Needle | None:
         return None
     same = needle.kind == history.kind[put] and slot_of(needle.inode) == history.slot[put]
     return needle if same and volume.is_kept(needle, offset) else None
-
-
-def _cause(history: History, moment: int) -> Cause:
-    match history.kind[moment]:
-        case Kind.DELETE:
-            return Cause.DELETED
-        case Kind.RENAME:
-            return Cause.REPLACED
-    return Cause.OVERWRITTEN
