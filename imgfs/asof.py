@@ -50,9 +50,18 @@ class AsOf(Recovery):
             NewerFormat: a newer release wrote one of the volumes.
         """
         super().run()
+        self._check_root()
+
+    def _check_root(self) -> None:
         if not self._table.is_directory(0):
             moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._until_ns // _SECOND_NS))
             raise NotFound(f"at {moment} this store was not there yet; name a later time")
+
+    def _needs_mending(self, orphans: list[int]) -> bool:
+        if not self.report.damage:
+            self._check_root()  # or else one would be made
+        # What was needed then may have been left out since: of what remains, no name may be there twice.
+        return True
 
     def _load_all(self, found: list[Volume]) -> None:
         ends = previous_ends(found)

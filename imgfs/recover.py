@@ -220,13 +220,17 @@ class Recovery:
         self._table.replaying = True
         if self.tail is not None:
             self._replay(self.tail)
-            if orphans or self.report.damage:
+            if self._needs_mending(orphans):
                 self.mender.mend()
             self.mender.claim_xattrs()
         self._table.replaying = False
         rebuild_free_queue(self._table.memory)
         words = self._table.memory.words
         words[Word.NEXT_SEQUENCE] = max(words[Word.NEXT_SEQUENCE], self.next_sequence)
+
+    def _needs_mending(self, orphans: list[int]) -> bool:
+        """Return whether needles are missing, now that *orphans* were found and all is replayed."""
+        return bool(orphans or self.report.damage)
 
     def _open_volumes(self) -> list[Volume]:
         volumes = []

@@ -267,14 +267,6 @@ class SimulatedDisk(Disk):
         if fault:
             raise os_error(fault.number)
 
-    def prefetch(self, file: int, offset: int, size: int) -> None:
-        self._call("prefetch")
-        self._opened(file)
-
-    def hint_extent_size(self, file: int, size: int) -> bool:
-        self._call("hint_extent_size")
-        return False
-
     def next_hole(self, file: int, offset: int) -> int:
         # What is all zeros counts as a hole, as a copy of the file may have one there.
         data = self._opened(file).file.data
@@ -282,6 +274,14 @@ class SimulatedDisk(Disk):
             if not any(data[start : start + _HOLE_BYTES]):
                 return start
         return len(data)
+
+    def prefetch(self, file: int, offset: int, size: int) -> None:
+        self._call("prefetch")
+        self._opened(file)
+
+    def hint_extent_size(self, file: int, size: int) -> bool:
+        self._call("hint_extent_size")
+        return False
 
     def names(self, directory: str) -> list[str]:
         self._call("names", directory)
