@@ -65,6 +65,15 @@ class Disk:
         """Return the length of *file* in bytes."""
         return os.fstat(file).st_size
 
+    def next_hole(self, file: int, offset: int) -> int:
+        """Return where at or behind *offset* a hole begins; the size of *file* if nowhere, or if nobody can tell."""
+        try:
+            return os.lseek(file, offset, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            return os.fstat(file).st_size
+
     def read(self, file: int, offset: int, size: int, *, nowait: bool = False) -> bytes:
         """Return up to *size* bytes at *offset*; fewer only where the file ends.
 
@@ -163,15 +172,6 @@ class Disk:
         """Return where at or behind *offset* there is anything but a hole; the size of the file if nowhere."""
         try:
             return os.lseek(file, offset, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return os.fstat(file).st_size
-
-    def next_hole(self, file: int, offset: int) -> int:
-        """Return where at or behind *offset* a hole begins; the size of the file if none does."""
-        try:
-            return os.lseek(file, offset, os.SEEK_HOLE)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise

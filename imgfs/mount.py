@@ -140,7 +140,9 @@ def _mounting(store: Store, path: str, options: MountOptions) -> Mounting:
 def _manner(options: MountOptions) -> Manner:
     timeout_s = options.timeout_s
     if timeout_s is None:
-        timeout_s = TIMEOUT_S if options.writable else READER_TIMEOUT_S
+        # The past does not change, either.
+        lasting = options.writable or options.as_of_ns is not None
+        timeout_s = TIMEOUT_S if lasting else READER_TIMEOUT_S
     return Manner(timeout_s, options.xattrs, options.publish_at_close)
 
 
@@ -237,7 +239,7 @@ def _open(store_path: str, options: MountOptions) -> Store:
     deadline = time.monotonic() + CLOSING_S
     while True:
         try:
-            return Store.open(store_path, writable=options.writable)
+            return Store.open(store_path, writable=options.writable, as_of_ns=options.as_of_ns)
         except Busy:
             if time.monotonic() > deadline or any(mount.source == store_path for mount in mountpoint.mounts()):
                 raise

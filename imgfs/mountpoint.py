@@ -67,6 +67,13 @@ def find(path: str) -> Mount | None:
     return next((mount for mount in reversed(mounts()) if mount.point == path), None)
 
 
+def of_store(path: str) -> list[Mount]:
+    """Return where the store at *path* is mounted."""
+    # The mount table has other than ASCII characters of the path escaped.
+    source = os.path.abspath(path).encode("ascii", "backslashreplace").decode()
+    return [mount for mount in mounts() if mount.source == source and mount.type == FILESYSTEM_TYPE]
+
+
 def canonical(path: str) -> str:
     """Return *path* as the mount table has it, without a look into what is mounted there: that could hang."""
     parent, name = os.path.split(os.path.abspath(path))

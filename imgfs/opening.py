@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 
+from imgfs.asof import AsOf
 from imgfs.disk import Disk
 from imgfs.errors import Busy, Damaged, InvalidArgument, NoStore, disk_error
 from imgfs.format import (
@@ -53,6 +54,8 @@ class Opened:
     report: RecoveryReport
     log: Log | None
     lock: int | None
+    records: list[bytes] | None = None
+    """The index records of each volume in order, if they were to be kept."""
 
 
 def make_store(
@@ -98,11 +101,23 @@ def _begin(writer: Log, uid: int, gid: int, mode: int) -> None:
     writer.sync(final=True)
 
 
-def open_parts(path: str, disk: Disk, settings: Settings | None, *, writable: bool) -> Opened:
+def open_parts(
+    path: str,
+    disk: Disk,
+    settings: Settings | None,
+    *,
+    writable: bool,
+    as_of_ns: int | None = None,
+    keep_records: bool = False,
+) -> Opened:
     """Open the store at *path*; everything but the staging files is as the volumes say when this returns.
+
+    With *as_of_ns*, in ns since 1970, it is as it was then, and cannot be *writable*. With *keep_records* the index
+    records of the volumes, 39 bytes for each needle, are kept as well.
 
     Raises:
         NoStore: there is none.
+        NotFound: there was none then.
         NewerFormat: it needs a newer release.
         Busy: another process writes to it.
         DiskFailure, StoreFull: as the disk says.
@@ -113,10 +128,14 @@ def open_parts(path: str, disk: Disk, settings: Settings | None, *, writable: bo
             settings = Settings(volume_bytes_max=superblock.volume_bytes_max)
         else:
             settings = replace(settings, volume_bytes_max=superblock.volume_bytes_max)
+        assert not writable or (as_of_ns is None and not keep_records), "the past cannot be changed"
         lock = _take_lock(path, disk) if writable else None
         memory = Memory()
         try:
-            opened = _open_locked(path, disk, superblock, settings, memory, lock)
+            if writable:
+                opened = _open_locked(path, disk, superblock, settings, memory, lock)
+            else:
+                opened = _open_to_read(path, disk, superblock, settings, memory, as_of_ns, keep_records=keep_records)
         except BaseException:
             memory.close()
             if lock is not None:
@@ -155,16 +174,34 @@ def _open_locked(
     path: str, disk: Disk, superblock: Superblock, settings: Settings, memory: Memory, lock: int | None
 ) -> Opened:
     table = Table(memory, hash_seed(superblock.store_id))
-    writable = lock is not None
-    recovery = Recovery(
-        disk, path, table, writable=writable, live_writer=not writable and owner(path, disk) is not None
-    )
+    recovery = Recovery(disk, path, table, writable=True)
     recovery.run()
-    writer = None
-    if writable:
-        writer = Log(disk, f"{path}/{VOLUMES}", superblock, settings, table)
-        _resume(writer, recovery, table)
+    writer = Log(disk, f"{path}/{VOLUMES}", superblock, settings, table)
+    _resume(writer, recovery, table)
     return Opened(superblock, settings, table, recovery.volumes, recovery.report, writer, lock)
+
+
+def _open_to_read(
+    path: str,
+    disk: Disk,
+    superblock: Superblock,
+    settings: Settings,
+    memory: Memory,
+    as_of_ns: int | None,
+    *,
+    keep_records: bool,
+) -> Opened:
+    table = Table(memory, hash_seed(superblock.store_id))
+    live_writer = owner(path, disk) is not None
+    if as_of_ns is None:
+        recovery = Recovery(disk, path, table, writable=False, live_writer=live_writer)
+    else:
+        recovery = AsOf(disk, path, table, as_of_ns, live_writer=live_writer)
+    recovery.kept = [] if keep_records else None
+    recovery.run()
+    return Opened(
+        superblock, settings, table, recovery.volumes, recovery.report, log=None, lock=None, records=recovery.kept
+    )
 
 
 def _resume(writer: Log, recovery: Recovery, table: Table) -> None:

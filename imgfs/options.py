@@ -5,10 +5,12 @@ Owns their names and defaults. Must not know how they are carried out.
 
 import difflib
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from imgfs.errors import EXIT_USAGE, InvalidArgument
+from imgfs.moments import BadTime, parse_moment
 
 # Each needs a number of its own in shared memory, also while a dead one is replaced.
 WORKERS_MAX = 8
@@ -62,6 +64,9 @@ class MountOptions:
     compact_rate_mib: float = 50.0
     """How fast compaction copies, in MiB per second, while no reader has to wait."""
 
+    as_of_ns: int | None = None
+    """Show the store as it was then, in ns since 1970; such a mount is not writable."""
+
     kernel: frozenset[str] = frozenset()
     """Flags that the kernel carries out, such as `noexec`."""
 
@@ -80,16 +85,8 @@ _IGNORED_WITH_VALUE = frozenset({"user", "comment", "fsname", "subtype"})
 
 _FLAGS = ("ro", "rw", "allow_other", "xattr", "noxattr")
 _VALUES = (
-    "timeout",
-    "sync_interval",
-    "read_ahead",
-    "workers",
-    "grace",
-    "log",
-    "publish",
-    "retention",
-    "compact",
-    "compact_rate",
+    *("timeout", "sync_interval", "read_ahead", "workers", "grace", "log", "publish", "asof"),
+    *("retention", "compact", "compact_rate"),
 )
 _PUBLISH = {"create": False, "close": True}
 
@@ -104,7 +101,7 @@ def parse(texts: Iterable[str]) -> MountOptions:
     for text in texts:
         for item in text.split(","):
             options = _with(options, item)
-    return options
+    return options if options.as_of_ns is None else replace(options, writable=False)
 
 
 def _with(options: MountOptions, item: str) -> MountOptions:
@@ -137,6 +134,11 @@ def _with(options: MountOptions, item: str) -> MountOptions:
                 if value not in _PUBLISH:
                     raise BadOption(f"mount option {item!r}: publish is create or close")
                 return replace(options, publish_at_close=_PUBLISH[value])
+            case "asof":
+                try:
+                    return replace(options, as_of_ns=parse_moment(value, time.time_ns()))
+                except BadTime as error:
+                    raise BadOption(f"mount option {item!r}: {error}") from None
     elif name in _IGNORED:
         return options
     elif name in _KERNEL:

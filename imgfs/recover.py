@@ -9,6 +9,7 @@ checkpoint vouches for. Owns the rule that tells torn from corrupt (docs/crash.m
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from imgfs.disk import Disk
 from imgfs.errors import Damaged
@@ -89,7 +90,7 @@ class Tail:
 
 
 @dataclass
-class _Index:
+class IndexContent:
     """The content of the index files of a volume, as its needles say it."""
 
     records: bytearray
@@ -108,7 +109,7 @@ class _Index:
         return len(self.records) // INDEX_RECORD_BYTES
 
 
-class _Survey:
+class Survey:
     """What a scan of a volume from *start* on finds: good needles, damage, and where the log ends.
 
     Bytes below the highest durable mark were once on the disk: what is bad there is damage, and stepped over. Above
@@ -176,6 +177,18 @@ class _Survey:
         return end if end < item.end else None
 
 
+class _Beginning(NamedTuple):
+    """What is known of a volume before anything of it is loaded."""
+
+    size: int
+    paths: Index
+    records: bytes  # as the files hold them
+    names: bytes
+    trusted: IndexState
+    content: IndexContent  # as far as it is trusted
+    survey: Survey
+
+
 class Recovery:
     """One pass over the volumes, in the order of their sequence numbers, into an empty table."""
 
@@ -193,6 +206,8 @@ class Recovery:
         self.mender = Mender(table, self.volumes, writable=writable)
         self.next_sequence = 1
         self._owners: set[int] = set()
+        # The index records of each volume, for whoever wants to look back.
+        self.kept: list[bytes] | None = None
 
     def run(self) -> None:
         """Fill the table and `volumes`.
@@ -200,24 +215,24 @@ class Recovery:
         Raises:
             NewerFormat: a newer release wrote one of the volumes.
         """
-        found = self._open_volumes()
-        ends = {volume.header.previous.volume_id: volume.header.previous for volume in found if volume.header.previous}
-        for number, volume in enumerate(found):
-            last = number == len(found) - 1
-            self._load(volume, ends.get(volume.header.volume_id), last=last)
+        self._load_all(self._open_volumes())
         orphans = self._loader.link()
         for inode, (volume_entry, offset8, bytes_) in self._loader.unclaimed.items():
             self.mender.keep_xattrs(inode, Place(volume_entry, offset8 * ALIGNMENT, 0), bytes_)
         self._table.replaying = True
         if self.tail is not None:
             self._replay(self.tail)
-            if orphans or self.report.damage:
+            if self._needs_mending(orphans):
                 self.mender.mend()
             self.mender.claim_xattrs()
         self._table.replaying = False
         rebuild_free_queue(self._table.memory)
         words = self._table.memory.words
         words[Word.NEXT_SEQUENCE] = max(words[Word.NEXT_SEQUENCE], self.next_sequence)
+
+    def _needs_mending(self, orphans: list[int]) -> bool:
+        """Return whether needles are missing, now that *orphans* were found and all is replayed."""
+        return bool(orphans or self.report.damage)
 
     def _open_volumes(self) -> list[Volume]:
         volumes = []
@@ -254,23 +269,34 @@ class Recovery:
             self._disk.sync_directory(self._directory)
         return sorted(volumes, key=lambda volume: (volume.header.first_sequence, volume.header.volume_id))
 
+    def _load_all(self, found: list[Volume]) -> None:
+        """Load the volumes *found*, which are in order."""
+        ends = previous_ends(found)
+        for number, volume in enumerate(found):
+            self._load(volume, ends.get(volume.header.volume_id), last=number == len(found) - 1)
+
     # -- one volume -------------------------------------------------------------------------------------------
 
-    def _load(self, volume: Volume, previous: PreviousEnd | None, *, last: bool) -> None:
-        header = volume.header
+    def _begin(self, volume: Volume, previous: PreviousEnd | None, *, last: bool) -> _Beginning:
+        """Read the index files of *volume*, and be ready to survey what they do not cover."""
         size = previous.index_state.end if previous else volume.size()
         paths = index_paths(volume.path)
         records, names = self._content(paths.records), self._content(paths.names)
         trusted = trusted_state(records, names, volume, size, previous.index_state if previous else None)
+        index = IndexContent(
+            bytearray(records[: trusted.records * INDEX_RECORD_BYTES]),
+            bytearray(names[: trusted.names_bytes] if trusted.records else names_header(volume.header.volume_id)),
+        )
+        # What a successor exists for is durable: sealing comes before its first needle.
+        survey = Survey(volume, trusted.end, size, all_durable=not last)
+        return _Beginning(size, paths, records, names, trusted, index, survey)
+
+    def _load(self, volume: Volume, previous: PreviousEnd | None, *, last: bool) -> None:
+        header = volume.header
+        size, paths, records, names, trusted, index, survey = self._begin(volume, previous, last=last)
         with self._table.memory.change():
             row = VolumeEntry(header.volume_id, size, header.first_sequence, 0 if last else VOLUME_SEALED)
             entry = self._table.add_volume(row)
-        index = _Index(
-            bytearray(records[: trusted.records * INDEX_RECORD_BYTES]),
-            bytearray(names[: trusted.names_bytes] if trusted.records else names_header(header.volume_id)),
-        )
-        # What a successor exists for is durable: sealing comes before its first needle.
-        survey = _Survey(volume, trusted.end, size, all_durable=not last)
         tail: list[tuple[int, int, Needle]] = []
         settled, final = trusted.records, None
         for offset, final in survey.needles():
@@ -295,6 +321,8 @@ class Recovery:
                 self.report.damage.append(Damage(header.volume_id, size, 0, text))
         self._loader.add(bytes(index.records[: settled * INDEX_RECORD_BYTES]), entry)
         self.volumes.add(entry, OpenVolume(volume, self._settle_index(index, paths, records, names)))
+        if self.kept is not None:
+            self.kept.append(bytes(index.records))
         if last:
             self.tail = Tail(
                 volume.path,
@@ -307,7 +335,7 @@ class Recovery:
                 checkpointed=final is not None and final.kind == Kind.CHECKPOINT and len(tail) == 1,
             )
 
-    def _settle_index(self, index: "_Index", paths: Index, records: bytes, names: bytes) -> Names:
+    def _settle_index(self, index: IndexContent, paths: Index, records: bytes, names: bytes) -> Names:
         """Make the files at *paths*, which hold *records* and *names*, say what *index* says; return the names.
 
         Where nothing may be written, what the file of the names lacks stays in memory.
@@ -319,11 +347,15 @@ class Recovery:
             if self._writable:
                 self._rewrite(paths.records, bytes(index.records), records)
                 self._rewrite(paths.names, bytes(index.names), names)
+        return self._names_of(index, paths, names)
+
+    def _names_of(self, index: IndexContent, paths: Index, names: bytes) -> Names:
+        """Return the names that *index* says, where the file of the names held *names*."""
         if self._writable or names[: len(index.names)] == index.names:
             return Names(self._disk, self._disk.open(paths.names), len(index.names))
         return Names(self._disk, None, 0, bytes(index.names))
 
-    def _report(self, survey: "_Survey") -> None:
+    def _report(self, survey: Survey) -> None:
         self.report.damage += survey.damage
         if not self._live_writer:
             self.report.torn_bytes += survey.torn_bytes
@@ -378,3 +410,8 @@ class Recovery:
             self.mender.note_xattrs(needle, place)
             with self._table.memory.change():
                 self._table.apply(needle, place)
+
+
+def previous_ends(volumes: Iterable[Volume]) -> dict[int, PreviousEnd]:
+    """Return what *volumes* say of others that end before their file does, by the ids of those."""
+    return {volume.header.previous.volume_id: volume.header.previous for volume in volumes if volume.header.previous}

@@ -28,6 +28,7 @@ from imgfs.reclaim import Limits, Reclaimer
 from imgfs.records import Record
 from imgfs.recover import VOLUMES, Damage
 from imgfs.requests import NOBODY, Request
+from imgfs.retention import emptied_ns
 from imgfs.settings import Settings
 from imgfs.staging import DIRTY, Staged
 from imgfs.tree import PERMISSIONS
@@ -41,10 +42,7 @@ __all__ = ["PERMISSIONS", "ROOT", "Attr", "Counts", "Entry", "Location", "Space"
 class Store(Xattrs):
     """An open store; make one with `Store.open`."""
 
-    def __init__(
-        self, path: str, disk: Disk, settings: Settings | None, *, writable: bool, parts: Opened | None = None
-    ) -> None:
-        parts = parts or open_parts(path, disk, settings, writable=writable)
+    def __init__(self, path: str, disk: Disk, parts: Opened) -> None:
         super().__init__(path, disk, parts)
         self._log = parts.log
         self._lock_file = parts.lock
@@ -55,14 +53,24 @@ class Store(Xattrs):
 
     @classmethod
     def open(
-        cls, path: str, *, writable: bool = True, disk: Disk | None = None, settings: Settings | None = None
+        cls,
+        path: str,
+        *,
+        writable: bool = True,
+        as_of_ns: int | None = None,
+        disk: Disk | None = None,
+        settings: Settings | None = None,
     ) -> Self:
         """Open the store at *path*; `report` tells what recovery found.
 
+        With *as_of_ns*, in ns since 1970, it is as it was then; this needs *writable* to be false.
+
         Raises:
-            NoStore, NewerFormat, Busy, DiskFailure, StoreFull: as `opening.open_parts`.
+            NoStore, NotFound, NewerFormat, Busy, DiskFailure, StoreFull: as `opening.open_parts`.
         """
-        store = cls(path, disk or Disk(), settings, writable=writable)
+        disk = disk or Disk()
+        parts = open_parts(path, disk, settings, writable=writable, as_of_ns=as_of_ns)
+        store = cls(path, disk, parts)
         if writable:
             store._staging.clear()
         store._volumes.prefetch_names()
@@ -92,7 +100,7 @@ class Store(Xattrs):
         disk = disk or Disk()
         memory = Memory(memory_descriptor)
         parts = attach_parts(path, disk, settings, memory, lock_descriptor, writable=writable)
-        return cls(path, disk, settings, writable=writable, parts=parts)
+        return cls(path, disk, parts)
 
     @property
     def memory_descriptor(self) -> int:
@@ -213,7 +221,6 @@ class Store(Xattrs):
         self,
         *,
         retention_s: float = 0.0,
-        emptied_s: Callable[[], float] = float,
         live_share: float = 0.7,
         settle: Callable[[], bool] = lambda: True,
     ) -> Reclaimer:
@@ -227,7 +234,14 @@ class Store(Xattrs):
             lambda: self._disk.space(directory),
             Compaction(self._disk, directory, self.superblock, self._table, self._volumes, checkpoint),
             Holes(self._disk, self._table, self._volumes, checkpoint),
-            Limits(retention_s, emptied_s, live_share, settings.volume_bytes_max, settings.headroom_bytes, settle),
+            Limits(
+                retention_s,
+                lambda: emptied_ns(self._disk, self.path) / 1e9,
+                live_share,
+                settings.volume_bytes_max,
+                settings.headroom_bytes,
+                settle,
+            ),
         )
 
     # -- room -------------------------------------------------------------------------------------------------

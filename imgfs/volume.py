@@ -145,6 +145,17 @@ class Volume:
             raise Damaged(f"volume {self.header.volume_id}, offset {offset}: the footer of this image is damaged")
         return sums
 
+    def is_kept(self, needle: Needle, offset: int) -> bool:
+        """Return whether the bytes of *needle*, which lies at *offset*, are still there; reads none unless it must."""
+        try:
+            self.footer_of(needle, offset)
+        except Damaged:
+            return False
+        if not needle.data_size or self._disk.next_hole(self._file, offset) >= offset + needle.length:
+            return True
+        # A copy of the file may have holes where an image has zeros.
+        return self.whole(needle, offset)
+
     def pieces(self, needle: Needle, offset: int) -> Iterator[bytes]:
         """Yield the data of *needle*, 1 MiB at a time, each piece verified before it is yielded.
 

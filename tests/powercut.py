@@ -19,6 +19,7 @@ from survivors import NAME_BYTES_MAX, Directory, File, Operation, Survivor, Tree
 from imgfs.disk import Buffer, Disk, WouldBlock
 
 _BLOCK_BYTES = 512
+_HOLE_BYTES = 4096
 _ENDLESS_BYTES = 1 << 50
 
 
@@ -268,6 +269,14 @@ class SimulatedDisk(Disk):
         if fault:
             raise os_error(fault.number)
 
+    def next_hole(self, file: int, offset: int) -> int:
+        # What is all zeros counts as a hole, as a copy of the file may have one there.
+        data = self._opened(file).file.data
+        for start in range(-(-offset // _HOLE_BYTES) * _HOLE_BYTES, len(data) - _HOLE_BYTES + 1, _HOLE_BYTES):
+            if not any(data[start : start + _HOLE_BYTES]):
+                return start
+        return len(data)
+
     def prefetch(self, file: int, offset: int, size: int) -> None:
         self._call("prefetch")
         self._opened(file)
@@ -296,9 +305,6 @@ class SimulatedDisk(Disk):
 
     def next_data(self, file: int, offset: int) -> int:
         return min(offset, self.size(file))
-
-    def next_hole(self, file: int, offset: int) -> int:
-        return self.size(file)
 
     def allocated_bytes(self, file: int) -> int:
         return self.size(file)

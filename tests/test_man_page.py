@@ -32,9 +32,11 @@ def documented_options(source: str) -> set[str]:
 
 
 def options(command: click.Command) -> set[str]:
+    below = command.commands.values() if isinstance(command, click.Group) and command is not imgfs else ()
     return {
         name
-        for parameter in command.params
+        for each in (command, *below)
+        for parameter in each.params
         if isinstance(parameter, click.Option)
         for name in [*parameter.opts, *parameter.secondary_opts]
     }

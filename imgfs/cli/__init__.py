@@ -40,6 +40,7 @@ COMMANDS = {
     "stat": ("looking", "Show all about one image, and where it lies."),
     "info": ("looking", "Show what a store holds, its limits and its state."),
     "map": ("mapping", "Draw which bytes of the volumes are live, dead or free."),
+    "trash": ("trash", "List, bring back, or give up what was deleted."),
     "check": ("upkeep", "Read everything and verify every checksum."),
     "compact": ("compacting", "Rewrite the volumes that hold little of use."),
     "rebuild-index": ("upkeep", "Make the index files anew from the volumes."),

@@ -3,14 +3,11 @@
 Owns how a store is shown. Must not change it: each opens the store for reading, also beside a mount.
 """
 
-import grp
 import json
 import os
-import pwd
 import stat
 import uuid
 from collections.abc import Collection, Iterator
-from functools import lru_cache
 from itertools import chain, islice
 
 import click
@@ -21,15 +18,18 @@ from imgfs.cli.text import (
     counted,
     echo,
     escape,
+    group_name,
     is_terminal,
     local_time,
+    moment,
     name_for,
     not_empty,
     path_argument,
+    user_name,
 )
 from imgfs.errors import InvalidArgument, NameTooLong, NotADirectory, NotFound
 from imgfs.format import FORMAT_VERSION, IMAGE_BYTES_MAX, NAME_BYTES_MAX, Kind
-from imgfs.mountpoint import mounts
+from imgfs.mountpoint import of_store
 from imgfs.opening import owner
 from imgfs.recover import RecoveryReport
 from imgfs.store import Attr, Entry, Store
@@ -47,17 +47,21 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @click.argument("path", metavar="[PATH]", required=False, callback=not_empty)
 @click.option("-l", "long", is_flag=True, help="Show mode, links, owner, group, size and time too.")
 @click.option("-R", "recursive", is_flag=True, help="List what is in directories below, too.")
-def ls_command(store_path: str, path: str | None, long: bool, recursive: bool) -> None:
+@click.option("--as-of", "as_of_ns", metavar="TIME", type=moment, help="List what was there then.")
+def ls_command(store_path: str, path: str | None, long: bool, recursive: bool, as_of_ns: int | None) -> None:
     """List what is in STORE, or in the directory PATH of it; paths start at the top of the store.
 
     Names are sorted by their bytes; a directory of more than 100,000 entries comes in the order of the store. With
     -l, an @ behind the mode marks what has extended attributes; a device shows its two numbers in place of a size.
 
+    TIME is local, as 2026-11-22T14:00, or ends in a zone; or it is @ and seconds since 1970; or an age, as 2h.
+
     \b
-    Example:
+    Examples:
       imgfs ls -l /srv/photos.imgfs 2024/06
+      imgfs ls -l --as-of 2h /srv/photos.imgfs 2024/06
     """
-    with open_store(store_path) as store:
+    with open_store(store_path, as_of_ns=as_of_ns) as store:
         wanted = os.fsencode(path or "")
         attr = store.attr(resolve(store, wanted))
         listing = _Listing(store, long=long, terminal=is_terminal())
@@ -117,8 +121,8 @@ def stat_command(store_path: str, path: str, as_json: bool) -> None:
         "inode": f"{attr.inode}, generation {attr.inode >> 32}",
         "links": f"{attr.nlink:,}",
         "mode": f"{mode:04o} ({_mode_text(attr)})",
-        "owner": f"{attr.uid} ({_user(attr.uid)})",
-        "group": f"{attr.gid} ({_group(attr.gid)})",
+        "owner": f"{attr.uid} ({user_name(attr.uid)})",
+        "group": f"{attr.gid} ({group_name(attr.gid)})",
         "size": f"{attr.size:,} bytes",
         "modified": local_time(attr.mtime_ns, nanoseconds=True),
         "changed": local_time(attr.ctime_ns, nanoseconds=True),
@@ -155,9 +159,7 @@ def info_command(store_path: str, as_json: bool) -> None:
         store_id, volume_bytes_max = uuid.UUID(bytes=store.superblock.store_id), store.superblock.volume_bytes_max
     other_bytes = counts.volume_bytes - counts.live_bytes
     pid = owner(store_path)
-    # The mount table has other than ASCII characters of the path escaped.
-    source = os.path.abspath(store_path).encode("ascii", "backslashreplace").decode()
-    mountpoints = [mount.point for mount in mounts() if mount.source == source]
+    mountpoints = [mount.point for mount in of_store(store_path)]
     if as_json:
         facts = {
             "path": os.path.abspath(store_path),
@@ -270,7 +272,7 @@ class _Listing:
         mark = "@" if self._store.has_xattrs(attr.inode) else " "
         device = _device(attr)
         size = f"{attr.size}" if device is None else f"{device[0]}, {device[1]}"
-        owner, group, time = _user(attr.uid), _group(attr.gid), local_time(attr.mtime_ns)
+        owner, group, time = user_name(attr.uid), group_name(attr.gid), local_time(attr.mtime_ns)
         echo(f"{_mode_text(attr)}{mark}{attr.nlink:>3} {owner:<8} {group:<8} {size:>12} {time} {shown}")
 
     def _entries(self, inode: int) -> Iterator[Entry]:
@@ -313,19 +315,3 @@ def _shown(value: bytes) -> str:
     """Return the value of an extended attribute on one line, cut if it is long."""
     shown = escape(os.fsdecode(value[:_VALUE_SHOWN_BYTES]))
     return shown if len(value) <= _VALUE_SHOWN_BYTES else f"{shown}... ({len(value):,} bytes)"
-
-
-@lru_cache(maxsize=256)
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
-@lru_cache(maxsize=256)
-def _group(gid: int) -> str:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)

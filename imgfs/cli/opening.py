@@ -17,9 +17,12 @@ _NAMED_MAX = 10
 
 
 @contextmanager
-def open_store(path: str, *, writable: bool = False) -> Iterator[Store]:
-    """Open the store at *path* for the length of a command, and tell about damage found on the way."""
-    with Store.open(path, writable=writable) as store:
+def open_store(path: str, *, writable: bool = False, as_of_ns: int | None = None) -> Iterator[Store]:
+    """Open the store at *path* for the length of a command, and tell about damage found on the way.
+
+    With *as_of_ns* it is as it was then.
+    """
+    with Store.open(path, writable=writable, as_of_ns=as_of_ns) as store:
         tell_damage(store, path)
         yield store
 

@@ -1,16 +1,21 @@
-"""How names, sizes and times are written for a person, and how sizes are read from one.
+"""How names, sizes and times are written for a person, and how sizes and times are read from one.
 
 Owns no state. Must not know the store: plain values in, text out.
 """
 
+import grp
 import os
+import pwd
 import re
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import click
+
+from imgfs.moments import BadTime, parse_age, parse_moment
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,6 +35,22 @@ def parse_size(text: str) -> int:
     if match is None:
         raise click.BadParameter(f"'{text}' is no size; write it like 65536, 64K, 512M or 1G")
     return int(match[1]) * _FACTORS[match[2].upper()]
+
+
+def moment(text: str) -> int:
+    """Return the time that *text* on a command line means, in ns since 1970. click.BadParameter."""
+    try:
+        return parse_moment(text, time.time_ns())
+    except BadTime as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def age(text: str) -> int:
+    """Return the length of time that *text* on a command line means, in ns. click.BadParameter."""
+    try:
+        return parse_age(text)
+    except BadTime as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def path_argument(name: str, metavar: str) -> Callable[[F], F]:
@@ -118,10 +139,28 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def local_time(time_ns: int, *, nanoseconds: bool = False) -> str:
-    """Return a time in the local zone, to the minute or to the nanosecond."""
+def local_time(time_ns: int, *, to_the_second: bool = False, nanoseconds: bool = False) -> str:
+    """Return a time in the local zone, to the minute, to the second, or to the nanosecond."""
     seconds, rest = divmod(time_ns, 1_000_000_000)
-    moment = time.localtime(seconds)
+    local = time.localtime(seconds)
     if nanoseconds:
-        return time.strftime("%Y-%m-%d %H:%M:%S", moment) + f".{rest:09d}" + time.strftime(" %z", moment)
-    return time.strftime("%Y-%m-%d %H:%M", moment)
+        return time.strftime("%Y-%m-%d %H:%M:%S", local) + f".{rest:09d}" + time.strftime(" %z", local)
+    return time.strftime("%Y-%m-%d %H:%M:%S" if to_the_second else "%Y-%m-%d %H:%M", local)
+
+
+@lru_cache(maxsize=256)
+def user_name(uid: int) -> str:
+    """Return the name of a user; the number where nobody has it."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+@lru_cache(maxsize=256)
+def group_name(gid: int) -> str:
+    """Return the name of a group; the number where none has it."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
