@@ -155,17 +155,18 @@ class Compaction:
             judge.pass_by(self._records(row))
         sequences = self._sequences()
         plan = Plan(list(rows))
-        owners: set[int] = set()
         for row in rows:
             records = self._records(row)
             needed, lengths = self._judge(judge, row, records, sequences, keep)
             index = np.frombuffer(records, INDEX_RECORDS)
-            for at in np.flatnonzero(needed & (index["kind"] == Kind.OWNER)):
-                needed[at] = int(index["owner"][at]) not in owners
-                owners.add(int(index["owner"][at]))
+            mine = np.unique(index["owner"][needed & (index["kind"] == Kind.OWNER)])
+            for other, before in zip(plan.needed, plan.records, strict=True):
+                # A number may have got another meaning: the last one counts.
+                earlier = np.frombuffer(before, INDEX_RECORDS)
+                other &= ~((earlier["kind"] == Kind.OWNER) & np.isin(earlier["owner"], mine))
             plan.needed.append(needed)
             plan.records.append(records)
-            plan.bytes_after += int(lengths[needed].sum())
+            plan.bytes_after += int(lengths[needed].sum())  # a few OWNER needles too many
         return plan
 
     def _sequences(self) -> dict[int, int]:

@@ -68,7 +68,6 @@ class Needed:
         known &= record["hash_generation"] >> 24 == index["hash_generation"] >> 24
         dead = record["flags"] & Flag.DEAD != 0
         alive = known & (~dead | self._held[np.where(inside, slot, 0)])
-        position = np.arange(len(index))
         flags = np.where((kind == Kind.DELETE) | (kind == Kind.RENAME), index["owner"], 0)
         target = index["mtime"] - 1
 
@@ -90,9 +89,7 @@ class Needed:
         attributes = (kind == Kind.ATTRIBUTES) & alive
         needed |= attributes & last_of_each(attributes, slot) & ~self._put_later(record, entry, sequences)
         owner = kind == Kind.OWNER
-        first = np.zeros(len(index), bool)
-        first[position[owner][np.unique(index["owner"][owner], return_index=True)[1]]] = True
-        needed |= first
+        needed |= last_of_each(owner, index["owner"].astype(np.int64))
         attributes = (kind == Kind.XATTR) & alive
         for row in np.flatnonzero(attributes):
             place = self._table.rare.get(int(slot[row]), int(index["hash_generation"][row]) >> 24)

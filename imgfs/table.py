@@ -31,9 +31,6 @@ from imgfs.layout import (
     AT_MTIME,
     AT_OWNER,
     AT_SUBDIRECTORIES,
-    OWNER,
-    OWNERS_AT,
-    OWNERS_MAX,
     RECORD,
     RECORD_BYTES,
     SLOTS_MAX,
@@ -46,6 +43,7 @@ from imgfs.layout import (
     Word,
 )
 from imgfs.memory import Memory
+from imgfs.owners import Owners
 from imgfs.rare import NOTHING, Rare
 from imgfs.records import Place, Record, VolumeEntry
 
@@ -66,18 +64,16 @@ _COUNTS = {
 _OWNERS_AT_ONCE = 1000
 
 
-class Table:
+class Table(Owners):
     """The records and what belongs to them, on a `Memory` that other processes may share."""
 
     def __init__(self, memory: Memory, seed: int) -> None:
         """*seed* is the store's, for the hashes of names."""
-        self.memory = memory
+        super().__init__(memory)
         self.buckets = Buckets(memory)
         self.rare = Rare(memory)
         self._free = FreeSlots(memory)
-        self._map = memory.map
         self._seed = seed
-        self._owners: dict[tuple[int, int, int], int] = {}
         # While volumes are replayed, slots fall free in an order that no longer matters; see rebuild_free_queue.
         self.replaying = False
 
@@ -127,31 +123,6 @@ class Table:
         """Return how many directories lie in the directory *slot*; SUBDIRECTORIES_MANY for that many or more."""
         value: int = _U16.unpack_from(self._map, record_at(slot) + AT_SUBDIRECTORIES)[0]
         return value
-
-    def owner(self, index: int) -> tuple[int, int, int]:
-        """Return (uid, gid, permission bits) of owner *index*."""
-        uid, gid, mode, _ = OWNER.unpack_from(self._map, OWNERS_AT + OWNER.size * index)
-        return uid, gid, mode
-
-    def owner_volume(self, index: int) -> int:
-        """Return the entry of the last volume that holds a needle for owner *index*, -1 for none."""
-        volume: int = OWNER.unpack_from(self._map, OWNERS_AT + OWNER.size * index)[3]
-        return volume - 1
-
-    def owner_index(self, uid: int, gid: int, mode: int) -> int:
-        """Return the index for these three; the next free one if they are new, to be defined by an owner needle.
-
-        Raises:
-            StoreLimit: all 65,536 combinations are in use.
-        """
-        key = (uid, gid, mode)
-        count = self.memory.words[Word.OWNERS]
-        for index in range(len(self._owners), count):
-            self._owners.setdefault(self.owner(index), index)
-        index = self._owners.get(key, count)
-        if index >= OWNERS_MAX:
-            raise StoreLimit(f"more than {OWNERS_MAX} combinations of user, group and mode in one store")
-        return index
 
     def volume(self, entry: int) -> VolumeEntry:
         """Return row *entry* of the volume table."""
@@ -400,12 +371,6 @@ class Table:
         if self.record(slot).stale:
             self.set_flags(slot, self._map[at + AT_FLAGS] & ~Flag.STALE_MTIME)
             self._add_word(Word.STALE_DIRECTORIES, -1)
-
-    def define_owner(self, index: int, uid: int, gid: int, mode: int, volume: int) -> None:
-        """Say what owner *index* means, as of the volume with that entry; -1: no needle says it yet."""
-        self.memory.put(OWNERS_AT + OWNER.size * index, OWNER.pack(uid, gid, mode, volume + 1))
-        if index >= self.memory.words[Word.OWNERS]:
-            self.memory.put_word(Word.OWNERS, index + 1)
 
     def add_volume(self, entry: VolumeEntry) -> int:
         """Give a volume a row of the volume table and return its number.

@@ -383,7 +383,7 @@ class Tree(View):
     def _owner_index(self, uid: int, gid: int, mode: int) -> int:
         """Return the number of an owner that a needle will define when one uses it."""
         index = self._table.owner_index(uid, gid, mode)
-        if index >= self._memory.words[Word.OWNERS]:
+        if index >= self._memory.words[Word.OWNERS] or self._table.owner(index) != (uid, gid, mode):
             with self._memory.change():
                 self._table.define_owner(index, uid, gid, mode, -1)
         return index

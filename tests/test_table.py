@@ -244,7 +244,7 @@ def test_another_process_finds_the_owners_that_this_one_defined(writer: Writer, 
 
 
 def test_owners_and_volumes_may_run_out(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imgfs.table.OWNERS_MAX", 0)
+    monkeypatch.setattr("imgfs.owners.OWNERS_MAX", 0)
     with pytest.raises(StoreLimit, match="combinations"):
         table.owner_index(1, 1, 1)
     with table.memory.change():
