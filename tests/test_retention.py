@@ -1,66 +1,78 @@
-"""Until when the trash was emptied stands in a file of its own."""
+"""What is kept for undelete: holes and compaction leave the past since the cutoff as it was, and all of its trash."""
 
-import errno
+from itertools import pairwise
+from random import Random
 
 import pytest
-from powercut import PowerCut, SimulatedDisk
-from survivors import NOTHING_UNSYNCED
+from crash_model import SETTINGS, STORE, Clock
+from dated import Dated, history_of
+from snapshots import Node, difference, snapshot
+from test_trash import expected, facts
+from workloads import random_operations
 
-from imgfs.disk import Disk
-from imgfs.errors import DiskFailure, StoreFull
-from imgfs.retention import TRASH, emptied_ns, empty
-
-
-@pytest.fixture
-def disk() -> SimulatedDisk:
-    disk = SimulatedDisk()
-    disk.mkdir("/store")
-    disk.sync_directory("/")
-    return disk
+from imgfs.compact import Keep
+from imgfs.errors import NotFound
+from imgfs.format import Kind
+from imgfs.needed import Needed
+from imgfs.store import Store
+from imgfs.trash import find
 
 
-def test_it_only_goes_forward(disk: SimulatedDisk) -> None:
-    assert emptied_ns(disk, "/store") == 0
-    empty(disk, "/store", 7)
-    empty(disk, "/store", 5)
-    assert emptied_ns(disk, "/store") == 7
+def punch(work: Dated, cutoff_s: int) -> None:
+    holes = work.store.reclaimer().holes
+    judge = Needed(work.store._table, work.store._handles.slots())
+    for row in holes.rows():
+        records = holes.records(row)
+        dead, died_s = judge.dead(records, row)
+        holes.punch(row, records, dead & (died_s < cutoff_s))
 
 
-def test_it_is_durable_and_whole_after_a_power_cut_at_any_step(disk: SimulatedDisk) -> None:
-    empty(disk, "/store", 5)
-    steps = disk.steps
-    empty(disk, "/store", 7)
-    assert emptied_ns(disk.after_power_cut(NOTHING_UNSYNCED), "/store") == 7
-    for step in range(steps, disk.steps):
-        cut = SimulatedDisk()
-        cut.mkdir("/store")
-        cut.sync_directory("/")
-        empty(cut, "/store", 5)
-        cut.cut_at = step
-        with pytest.raises(PowerCut):
-            empty(cut, "/store", 7)
-        assert emptied_ns(cut.after_power_cut(NOTHING_UNSYNCED), "/store") in (5, 7)
+def compact(work: Dated, cutoff_s: int, chance: Random) -> None:
+    compaction = work.store.reclaimer().compaction
+    rows = compaction.sealed()
+    first = chance.randrange(len(rows))
+    last = chance.randrange(first, len(rows)) + 1
+    row = compaction.run(compaction.plan(rows[first:last], Keep((), cutoff_s)), 0)
+    assert compaction.unfinished() == [row]
+    assert compaction.remove(row, [])
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b'{"emptied_ns": "x"}', b"\xff", b"[" * 10**5])
-def test_a_file_that_is_not_whole_counts_for_nothing(data: bytes, disk: SimulatedDisk) -> None:
-    disk.set_content(f"/store/{TRASH}", data)
-    assert emptied_ns(disk, "/store") == 0
-    empty(disk, "/store", 3)
-    assert emptied_ns(disk, "/store") == 3
+def plain(tree: dict[bytes, Node]) -> dict[bytes, Node]:
+    """Return *tree* without the times of directories, which a compacted volume tells as they were last written down."""
+    return {
+        path: node._replace(mtime_ns=0, ctime_ns=0) if node.kind == Kind.DIRECTORY else node
+        for path, node in tree.items()
+    }
 
 
-def test_a_disk_that_refuses(disk: SimulatedDisk) -> None:
-    empty(disk, "/store", 3)
-    disk.fail_next("write", errno.ENOSPC)
-    with pytest.raises(StoreFull):
-        empty(disk, "/store", 5)
-    disk.fail_next("open", errno.EIO)
-    with pytest.raises(DiskFailure):
-        emptied_ns(disk, "/store")
-    assert emptied_ns(disk, "/store") == 3
-
-
-def test_on_a_real_disk(tmp_path: object) -> None:
-    empty(Disk(), str(tmp_path), 9)
-    assert emptied_ns(Disk(), str(tmp_path)) == 9
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("how", ["punch", "compact", "both"])
+def test_the_past_since_the_cutoff_is_kept(seed: int, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, chance = Dated(Clock(monkeypatch)), Random(seed)
+    random_operations(work, Random(seed), 150)
+    cut = chance.randrange(len(work.times))
+    cutoff_s = work.times[cut] // 10**9
+    if how != "compact":
+        punch(work, cutoff_s)
+    if how != "punch":
+        compact(work, cutoff_s, chance)
+    for time_ns, wanted in zip(work.times, work.history, strict=True):
+        try:
+            with Store.open(STORE, disk=work.disk, settings=SETTINGS, writable=False, as_of_ns=time_ns) as store:
+                assert not store.report.damage
+                seen = snapshot(store, damaged=True)
+        except NotFound:
+            assert time_ns // 10**9 < cutoff_s
+            continue
+        if time_ns // 10**9 >= cutoff_s:
+            assert plain(seen) == plain(wanted), difference(plain(seen), plain(wanted))
+    assert seen == work.history[-1]
+    with history_of(work.disk) as history:
+        found = {facts(history, gone) for gone in find(history, cutoff_s * 10**9) if gone.kind != Kind.DIRECTORY}
+    for number, (before, after) in enumerate(pairwise(work.history[cut:]), cut + 1):
+        left = {node.inode: node for node in after.values()}
+        for node in before.values():
+            now = left.get(node.inode)
+            stays = now is not None and (now.data == node.data or not node.data)
+            if node.kind != Kind.DIRECTORY and not stays and node.nlink == 1:
+                assert expected(node, work.times[number]) in found
