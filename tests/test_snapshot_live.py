@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,6 +83,28 @@ def test_beside_writers_it_has_of_each_all_up_to_some_image(mounted: Mounted, pl
             newest = [newest_in(snapshot, writer) for writer in writers]
         assert all(low <= found <= high for low, found, high in zip(before, newest, after, strict=True)), newest
         assert newest != before, "nobody wrote meanwhile"
+
+
+def test_beside_compaction_and_holes_it_is_whole(stopped: Mounted, place: Path) -> None:
+    stopped.expected_log.append(r"compacted .*")
+    stopped.start("allow_other,retention=0,compact=95,sync_interval=0.2")
+    with writing(stopped.point) as writers:
+        wait_until(lambda: all(writer.closed > KEPT * 2 for writer in writers), "something was deleted")
+        for number in range(4):
+            stopped.watch()
+            before = [writer.closed for writer in writers]
+            copy = place / f"{number}"
+            compaction = threading.Thread(target=imgfs, args=("compact", "-q", stopped.store))
+            compaction.start()
+            imgfs("snapshot", f"--reflink={('always', 'never')[number % 2]}", stopped.store, copy)
+            compaction.join()
+            after = [writer.begun for writer in writers]
+            imgfs("check", copy)
+            with Store.open(str(copy), writable=False) as store:
+                assert store.report.damage == []
+                newest = [newest_in(store, writer) for writer in writers]
+            assert all(first <= middle <= last for first, middle, last in zip(before, newest, after, strict=True))
+            shutil.rmtree(copy)
 
 
 def test_it_can_be_mounted_beside_the_store(mounted: Mounted, place: Path, site: Path) -> None:
