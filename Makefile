@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run stop test soak soak-mount check lint types imports format bench bench-quick install-system clean
+.PHONY: help run stop test soak soak-mount soak-fuzz check lint types imports format bench bench-quick install-system clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -25,6 +25,9 @@ soak: .venv/test-ready ## what a crash, damage or any use may do, at length (hal
 
 soak-mount: .venv/test-ready ## kill what serves a mount, under load, minutes for each way (20 minutes)
 	@IMGFS_SOAK=2 scripts/test.sh tests/test_survival.py
+
+soak-fuzz: .venv/test-ready ## a million stores with any damage; FROM=, COUNT=, JOBS= (1.5 hours on 2 cores)
+	@$(BIN)/python tests/fuzzing.py $(if $(FROM),--from $(FROM)) $(if $(COUNT),--count $(COUNT)) $(if $(JOBS),--jobs $(JOBS))
 
 check: lint types imports ## lint, types and imports
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from crc32c import crc32c
 
 from imgfs.disk import Buffer, Disk
-from imgfs.errors import DiskFailure, disk_error
+from imgfs.errors import DiskFailure, StoreLimit, disk_error
 from imgfs.format import (
     FLAG_PAIR,
     FLAG_SEAL,
@@ -34,6 +34,7 @@ from imgfs.format import (
 )
 from imgfs.index import index_paths, names_a_name, pack_name, pack_record
 from imgfs.layout import MOVING, VOLUME_SEALED, WORDS_AT, Word, appended_for, appending
+from imgfs.plausible import NUMBER_MAX
 from imgfs.records import Place
 from imgfs.requests import NOBODY, Requests
 from imgfs.settings import MIB
@@ -201,6 +202,9 @@ class Active:
         before = state = self.state()
         volume, words = self.volume, self._words
         sequence, now_ns = words[Word.NEXT_SEQUENCE], self.now_ns()
+        if sequence + len(parts) > NUMBER_MAX:
+            # No reader would believe them.
+            raise StoreLimit("all sequence numbers are used up; copy what is here into a new store")
         words[Word.APPENDING] = appending(row, staged)
         places = []
         try:

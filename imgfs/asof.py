@@ -37,9 +37,11 @@ _PUNCHED = (Kind.FILE, Kind.SYMLINK, Kind.XATTR)
 class AsOf(Recovery):
     """A pass over the volumes up to a time."""
 
-    def __init__(self, disk: Disk, root: str, table: Table, until_ns: int, *, live_writer: bool) -> None:
+    def __init__(
+        self, disk: Disk, root: str, table: Table, store_id: bytes, until_ns: int, *, live_writer: bool
+    ) -> None:
         """*until_ns*: the time, in ns since 1970; what was appended at that time counts."""
-        super().__init__(disk, root, table, writable=False, live_writer=live_writer)
+        super().__init__(disk, root, table, store_id, writable=False, live_writer=live_writer)
         self._until_ns = until_ns
 
     def run(self) -> None:
@@ -47,19 +49,18 @@ class AsOf(Recovery):
 
         Raises:
             NotFound: there was no store then.
-            NewerFormat: a newer release wrote one of the volumes.
+            NewerFormat, Damaged: as for `Recovery`.
         """
         super().run()
-        self._check_root()
 
-    def _check_root(self) -> None:
+    def _settle_root(self) -> None:
         if not self._table.is_directory(0):
             moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._until_ns // _SECOND_NS))
             raise NotFound(f"at {moment} this store was not there yet; name a later time")
 
     def _needs_mending(self, orphans: list[int]) -> bool:
         if not self.report.damage:
-            self._check_root()  # or else one would be made
+            self._settle_root()  # or else one would be made
         # What was needed then may have been left out since: of what remains, no name may be there twice.
         return True
 

@@ -15,6 +15,7 @@ a bucket does not change that order, so a position stays valid whatever is added
 import struct
 from collections.abc import Iterator
 
+from imgfs.errors import Damaged
 from imgfs.layout import (
     ARENA_AT,
     ARENA_UNIT,
@@ -161,7 +162,7 @@ class Buckets:
                 break
             link = LINKS_AT + LINK_BYTES * other
         else:
-            raise AssertionError(f"slot {slot} is not in directory slot {directory}")
+            raise Damaged(f"the entry in slot {slot} is not in the directory in slot {directory}; run imgfs check")
         self._memory.put_u32(link, self._u32(LINKS_AT + LINK_BYTES * slot))
         if bucket_count(count - 1) < buckets:
             self._merge(directory, buckets - 1)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from imgfs.buckets import record_at
 from imgfs.disk import Disk
-from imgfs.errors import Damaged, StoreFull, disk_error
+from imgfs.errors import Damaged, StoreFull, StoreLimit, disk_error
 from imgfs.format import (
     ALIGNMENT,
     NEEDLES_START,
@@ -43,11 +43,12 @@ from imgfs.index import (
 from imgfs.layout import AT_NAME_OFFSET, AT_NAME_VOLUME, AT_OFFSET8, AT_VOLUME, VOLUME_GONE, VOLUME_SEALED, Flag, Word
 from imgfs.load import INDEX_RECORDS, PUTS, references
 from imgfs.needed import NEVER_S, Needed, last_of_each
+from imgfs.plausible import NUMBER_MAX
 from imgfs.records import VolumeEntry
 from imgfs.superblock import Superblock
 from imgfs.table import Table
 from imgfs.volume import Volume
-from imgfs.volumes import SUFFIX, Volumes, volume_path
+from imgfs.volumes import SUFFIX, Volumes, volume_id_of, volume_path
 
 log = logging.getLogger(__name__)
 
@@ -222,8 +223,9 @@ class Compaction:
             for name in names:
                 if name.endswith(COPY):
                     self._disk.unlink(f"{self._directory}/{name}")
-            stems = [name.partition(".")[0] for name in names]
-            volume_id = 1 + max((int(stem) for stem in stems if stem.isdigit()), default=0)
+            volume_id = 1 + max(map(volume_id_of, names), default=0)
+            if volume_id > NUMBER_MAX:
+                raise StoreLimit(f"{self._directory} holds a file with the highest number a volume can have")
             path = volume_path(self._directory, volume_id)
             self._disk.close(self._disk.open(path + COPY, writable=True, create=True))
             return volume_id, path
@@ -341,16 +343,19 @@ class Compaction:
         """Return the rows of volumes that replace others, their needles made current, for which `remove` is due."""
         known = {self._table.volume(row).volume_id for row in range(self._memory.words[Word.VOLUMES])}
         for name in self._disk.names(self._directory):
-            stem, _, suffix = name.partition(".")
-            if suffix == SUFFIX[1:] and stem.isdigit() and int(stem) not in known:
+            if name.endswith(SUFFIX) and volume_id_of(name) not in known:
                 path = f"{self._directory}/{name}"
                 try:
                     volume = Volume.open(self._disk, path)
                 except Damaged:
                     continue
                 volume.close()
-                if volume.header.replaces:
-                    self._enter(volume.header, path)
+                header = volume.header
+                ours = header.store_id == self._superblock.store_id and path == volume_path(
+                    self._directory, header.volume_id
+                )
+                if ours and header.replaces:
+                    self._enter(header, path)
         rows = [row for row in self.sealed() if self._replaced_rows(row)]
         for row in rows:
             self._make_current(row)

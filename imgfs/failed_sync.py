@@ -40,7 +40,7 @@ from imgfs.load import INDEX_RECORDS, lost_slots, stale_directories
 from imgfs.records import VolumeEntry
 from imgfs.rolling import Rolling
 from imgfs.volume import Gap, Volume
-from imgfs.volumes import SUFFIX, volume_path
+from imgfs.volumes import SUFFIX, volume_id_of, volume_path
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +122,7 @@ class FailedSync(Rolling):
     def _remove_copies_of(self, volume_id: int) -> None:
         """Remove what a killed writer had copied behind *volume_id*, and not made the active volume."""
         for name in self._disk.names(self._directory):
-            stem = name.removesuffix(SUFFIX)
-            if not name.endswith(SUFFIX) or not stem.isdigit() or self._is_known(int(stem)):
+            if not name.endswith(SUFFIX) or not volume_id_of(name) or self._is_known(volume_id_of(name)):
                 continue
             path = f"{self._directory}/{name}"
             try:
@@ -131,6 +130,8 @@ class FailedSync(Rolling):
             except Damaged:
                 continue  # it was there before this store was opened
             volume.close()
+            if volume.header.store_id != self._superblock.store_id:
+                continue
             if volume.header.previous is not None and volume.header.previous.volume_id == volume_id:
                 paths = index_paths(path)
                 for each in (path, paths.records, paths.names):

@@ -201,14 +201,14 @@ def unpack_volume_header(data: Buffer) -> VolumeHeader:
         if version > FORMAT_VERSION or incompatible & ~KNOWN_INCOMPATIBLE:
             release = extras.get(Tag.READABLE_BY, b"a newer one").decode(errors="replace")
             raise NewerFormat(f"volume {volume_id} has format {version}; install imgfs {release} or newer to read it")
-        previous = None
-        if Tag.PREVIOUS_END in extras:
-            value = extras[Tag.PREVIOUS_END]
+        previous, value, ids = None, extras.get(Tag.PREVIOUS_END, b""), extras.get(Tag.REPLACES, b"")
+        if len(value) not in (0, PREVIOUS_END.size + INDEX_STATE.size) or len(ids) % 8:
+            continue
+        if value:
             index = IndexState(*INDEX_STATE.unpack_from(value, PREVIOUS_END.size))
             volume_before, torn_bytes = PREVIOUS_END.unpack_from(value)
             previous = PreviousEnd(volume_before, torn_bytes, index)
-        value = extras.get(Tag.REPLACES, b"")
-        replaces = struct.unpack(f"<{len(value) // 8}Q", value)
+        replaces = struct.unpack(f"<{len(ids) // 8}Q", ids)
         return VolumeHeader(store_id, salt, volume_id, first, created_ns, limit, previous, replaces)
     raise Damaged("neither copy of the volume header is whole")
 
@@ -440,13 +440,15 @@ def pack_xattrs(attributes: Mapping[bytes, bytes]) -> bytes:
 
 
 def unpack_xattrs(data: Buffer) -> dict[bytes, bytes]:
-    """Return the extended attributes in *data*, which is known to be what was written."""
+    """Return the extended attributes in *data*, which is known to be what was written; Damaged if that is none."""
     attributes = {}
     at = 0
     while at < len(data):
-        name_length, value_length = _XATTR.unpack_from(data, at)
         start = at + _XATTR.size
+        name_length, value_length = _XATTR.unpack_from(data, at) if start <= len(data) else (0, 0)
         at = start + name_length + value_length
+        if not name_length or at > len(data):
+            raise Damaged("what was written as extended attributes is none")
         attributes[bytes(data[start : start + name_length])] = bytes(data[start + name_length : at])
     return attributes
 

@@ -69,16 +69,16 @@ class Handover:
         Raises:
             MountFailed: this release does not understand it.
         """
-        fields = json.loads(os.pread(descriptor, _STATE_BYTES_MAX, 0))
-        version = fields.pop("version")
-        if version != VERSION:
-            raise MountFailed(f"the running release hands over by version {version}, this one takes {VERSION}")
         try:
+            fields = json.loads(os.pread(descriptor, _STATE_BYTES_MAX, 0))
+            version = fields.pop("version")
+            if version != VERSION:
+                raise MountFailed(f"the running release hands over by version {version}, this one takes {VERSION}")
             options = MountOptions(**{**fields["options"], "kernel": frozenset(fields["options"]["kernel"])})
             workers = {int(pid): number for pid, number in fields["workers"].items()}
             return cls(**{**fields, "options": options, "workers": workers, "init": bytes.fromhex(fields["init"])})
-        except TypeError as error:
-            raise MountFailed(f"the running release has an option this one does not know: {error}") from None
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+            raise MountFailed(f"the running release says something this one does not understand: {error!r}") from None
 
     def descriptors(self) -> list[int]:
         """Return those that the other release needs."""

@@ -32,6 +32,7 @@ from imgfs.format import (
 from imgfs.volume import Volume
 
 NAME_BYTES_READ = 256  # a length byte and the longest name
+_NO_NAMES = (b"", b".", b"..")
 
 
 class Index(NamedTuple):
@@ -137,7 +138,10 @@ class Names:
             data = self._disk.read(self._file, offset, NAME_BYTES_READ, nowait=nowait)
         if not data or len(data) <= data[0]:
             raise Damaged(f".names ends within the name at offset {offset}; run imgfs rebuild-index")
-        return data[1 : 1 + data[0]]
+        name = data[1 : 1 + data[0]]
+        if b"/" in name or b"\0" in name or name in _NO_NAMES:
+            raise Damaged(f".names holds no name at offset {offset}; run imgfs rebuild-index")
+        return name
 
     def add(self, name: bytes) -> int:
         """Keep *name* in memory, behind all others, and return its offset; for a volume nobody appends to."""

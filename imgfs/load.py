@@ -12,7 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from imgfs.buckets import BUCKETS_MAX, bucket_count
-from imgfs.format import ALIGNMENT, FLAG_BARE, FLAG_LAST, INDEX_RECORD_BYTES, Kind, inode_of
+from imgfs.format import (
+    ALIGNMENT,
+    FLAG_BARE,
+    FLAG_LAST,
+    INDEX_RECORD_BYTES,
+    NEEDLES_START,
+    IndexState,
+    Kind,
+    inode_of,
+)
 from imgfs.layout import (
     ARENA_AT,
     ARENA_UNIT,
@@ -31,6 +40,7 @@ from imgfs.layout import (
     Word,
 )
 from imgfs.memory import Memory
+from imgfs.plausible import slot_limit
 
 # What an index record and a record of the table have in common, in the order of both.
 _SHARED = [
@@ -55,8 +65,16 @@ RARE_ENTRIES = np.dtype(
 )
 assert RARE_ENTRIES.itemsize == RARE.size
 PUTS = [Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK]
+# What can have further names.
+_LINKED = [Kind.FILE, Kind.SYMLINK, Kind.SPECIAL]
 # What changes inodes that were put before; a link does so to its target.
 _EVENTS = [Kind.RENAME, Kind.DELETE, Kind.ATTRIBUTES, Kind.XATTR, Kind.LINK]
+# By kind: what is about an inode, and what gives it a name.
+_IS_NAMED, _IS_ABOUT = np.zeros((2, 256), bool)
+_IS_NAMED[[*PUTS, Kind.RENAME]] = True
+_IS_ABOUT[[*PUTS, Kind.RENAME, Kind.DELETE, Kind.ATTRIBUTES, Kind.XATTR]] = True
+# What a needle can say of the root, which has no name.
+_OF_THE_ROOT = [Kind.DIRECTORY, Kind.ATTRIBUTES, Kind.XATTR]
 # Linking sorts so many records at a time, which bounds the memory it takes.
 _BATCH = 1 << 20
 
@@ -331,6 +349,41 @@ class Loader:
             arena[head[arena_begins]] = slots[arena_begins] + 1
 
 
+def sound_records(records: bytes | memoryview, state: IndexState, sequence: int) -> bool:
+    """Return whether the index *records* of one volume (count x 39 bytes), up to *state*, can be what a writer wrote.
+
+    *sequence* is higher than any number of their needles. As plausible.py for needles: what is loaded indexes memory.
+    """
+    index = np.frombuffer(records, INDEX_RECORDS)
+    if not len(index):
+        return True
+    kind, slot, parent, name, offset8 = (
+        np.ascontiguousarray(index[each]) for each in ("kind", "slot", "parent", "name_offset", "offset8")
+    )
+    limit = slot_limit(sequence)
+    owner, about, entry = kind == Kind.OWNER, _IS_ABOUT[kind], _IS_NAMED[kind]
+    root = np.flatnonzero(about & (slot == 1))
+    root_puts = root[entry[root]]
+    entry[root] = False
+    parents, names = parent[entry], name[entry]
+    return bool(
+        kind.min() > 0
+        and offset8[0] >= NEEDLES_START // ALIGNMENT
+        and offset8[-1] < state.end // ALIGNMENT
+        and (offset8[1:] > offset8[:-1]).all()
+        and slot[about].min(initial=1) > 0
+        and slot[~owner].max(initial=0) <= limit
+        and parents.max(initial=0) <= limit
+        and names.max(initial=0) < state.names_bytes
+        and ((names > 0) == (parents > 0)).all()
+        and name[owner].max(initial=0) <= 0xFFFF
+        and np.isin(kind[root], _OF_THE_ROOT).all()
+        and (parent[root_puts] == 1).all()
+        and not (index["hash_generation"][root] >> 24).any()
+        and (index["owner"][kind == Kind.LINK] <= 0xFF).all()
+    )
+
+
 def bucket_threshold() -> int:
     """Return from how many children on a directory has more than one bucket."""
     count = 1
@@ -376,7 +429,7 @@ def targets(
     target = table["size"][links].astype(np.int64) - 1
     valid = (target >= 0) & (target < len(table))
     aim = table[np.where(valid, target, 0)]
-    valid &= (aim["flags"] & Flag.KIND != 0) & (aim["flags"] & Flag.DEAD == 0)
+    valid &= np.isin(aim["flags"] & Flag.KIND, _LINKED) & (aim["flags"] & Flag.DEAD == 0)
     valid &= aim["hash_generation"] >> 24 == table["owner"][links]
     named, count = np.unique(target[valid], return_counts=True)
     return named, count, links[~valid]

@@ -18,7 +18,7 @@ from imgfs.records import Place
 from imgfs.table import Table
 from imgfs.volumes import Volumes
 
-_ROOT = inode_of(0, 0)
+ROOT = inode_of(0, 0)
 
 
 class Mender:
@@ -66,20 +66,20 @@ class Mender:
 
     def find_directory(self, inode: int, *, of: int) -> None:
         """Make sure that there is a directory *inode*, in which *of* lies: one that was lost is /lost+found-INODE."""
-        if self._table.is_directory(slot_of(inode)) or of == _ROOT:
+        if self._table.is_directory(slot_of(inode)) or of == ROOT:
             return
-        if inode != _ROOT:
-            self.find_directory(_ROOT, of=inode)
-        name = b"" if inode == _ROOT else lost_name(inode)
+        if inode != ROOT:
+            self.find_directory(ROOT, of=inode)
+        name = b"" if inode == ROOT else lost_name(inode)
         now_ns = time.time_ns()
-        needle = Needle(Kind.DIRECTORY, inode, _ROOT, name, mtime_ns=now_ns, ctime_ns=now_ns)
+        needle = Needle(Kind.DIRECTORY, inode, ROOT, name, mtime_ns=now_ns, ctime_ns=now_ns)
         self._apply(needle, self._unwritten(name))
         self.lost_directories.append(inode)
 
     def _unwritten(self, name: bytes) -> Place:
         """Return the place of a needle that says *name* and that a writer has yet to write."""
-        entry = self._table.memory.words[Word.VOLUMES] - 1
-        return Place(entry, 0, 0 if self._writable else self._volumes.get(entry).names.add(name))
+        entry = max(self._table.memory.words[Word.VOLUMES] - 1, 0)
+        return Place(entry, 0, 0 if self._writable or not name else self._volumes.get(entry).names.add(name))
 
     # -- after that ------------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class Mender:
         self._find_directories(stray_slots(memory))
         for slot in ring_slots(memory):
             self._rescue(slot)
-        self.find_directory(_ROOT, of=0)
+        self.find_directory(ROOT, of=0)
         self._part_twins()
 
     def _settle_links(self) -> None:
@@ -126,9 +126,9 @@ class Mender:
         """Give what is in *slot*, and cannot stay where it is, a name under the root."""
         record = self._table.record(slot)
         inode = inode_of(slot, record.generation)
-        self.find_directory(_ROOT, of=inode)
+        self.find_directory(ROOT, of=inode)
         name = lost_name(inode)
-        needle = Needle(Kind.RENAME, inode, _ROOT, name, ctime_ns=time.time_ns())
+        needle = Needle(Kind.RENAME, inode, ROOT, name, ctime_ns=time.time_ns())
         self._apply(needle, self._unwritten(name))
         self.rescued.append(inode)
 
@@ -210,6 +210,8 @@ def ring_slots(memory: Memory) -> list[int]:
     above = np.zeros(len(table), np.int64)
     directories = slots[table["flags"][slots] & Flag.KIND == Kind.DIRECTORY]
     above[directories] = np.maximum(table["parent"][directories].astype(np.int64) - 1, 0)
+    above[above >= len(table)] = 0
+    above[:1] = 0
     far = above.copy()
     for _ in range(len(table).bit_length()):
         far = far[far]  # twice as far up

@@ -56,7 +56,9 @@ def mounts(table: str = MOUNT_TABLE) -> list[Mount]:
         for line in lines:
             # 36 35 98:0 /root /point rw,noatime master:1 - type source rw,errors=continue
             left, _, right = line.rstrip("\n").partition(" - ")
-            fields, (type_, source, options) = left.split(" "), right.split(" ")
+            fields, (type_, source, options, *_) = left.split(" "), [*right.split(" ", 2), "", ""]
+            if len(fields) < 6:
+                continue  # no mount; what a file system says of its options is its own
             writable = options.split(",")[0] == "rw"
             found.append(Mount(_unescaped(fields[4]), fields[2], _unescaped(type_), _unescaped(source), writable))
     return found

@@ -120,6 +120,7 @@ def open_parts(
         NotFound: there was none then.
         NewerFormat: it needs a newer release.
         Busy: another process writes to it.
+        Damaged: its superblock is that of another store.
         DiskFailure, StoreFull: as the disk says.
     """
     try:
@@ -174,7 +175,7 @@ def _open_locked(
     path: str, disk: Disk, superblock: Superblock, settings: Settings, memory: Memory, lock: int | None
 ) -> Opened:
     table = Table(memory, hash_seed(superblock.store_id))
-    recovery = Recovery(disk, path, table, writable=True)
+    recovery = Recovery(disk, path, table, superblock.store_id, writable=True)
     recovery.run()
     writer = Log(disk, f"{path}/{VOLUMES}", superblock, settings, table)
     _resume(writer, recovery, table)
@@ -194,9 +195,9 @@ def _open_to_read(
     table = Table(memory, hash_seed(superblock.store_id))
     live_writer = owner(path, disk) is not None
     if as_of_ns is None:
-        recovery = Recovery(disk, path, table, writable=False, live_writer=live_writer)
+        recovery = Recovery(disk, path, table, superblock.store_id, writable=False, live_writer=live_writer)
     else:
-        recovery = AsOf(disk, path, table, as_of_ns, live_writer=live_writer)
+        recovery = AsOf(disk, path, table, superblock.store_id, as_of_ns, live_writer=live_writer)
     recovery.kept = [] if keep_records else None
     recovery.run()
     return Opened(
@@ -229,7 +230,7 @@ def _resume(writer: Log, recovery: Recovery, table: Table) -> None:
             # No volume is left, but the store is one: it begins anew.
             writer.append(Needle(Kind.DIRECTORY, ROOT, ROOT, mode=0o755, mtime_ns=writer.now_ns()), [])
         for index in range(table.memory.words[Word.OWNERS]):
-            if table.owner_volume(index) < 0:
+            if table.owner_volume(index) < 0 and table.owner(index) != (0, 0, 0):
                 writer.define_owner(*table.owner(index))
         _write_down(writer, recovery.mender, recovery.volumes, table)
 

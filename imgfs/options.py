@@ -88,6 +88,8 @@ _VALUES = (
     *("timeout", "sync_interval", "read_ahead", "workers", "grace", "log", "publish", "asof"),
     *("retention", "compact", "compact_rate"),
 )
+_COUNTS = frozenset(str(number) for number in range(1, WORKERS_MAX + 1))
+_NUMBER_MAX = 1e9  # thirty years; what sleeps and clocks take ends at ten times that
 _PUBLISH = {"create": False, "close": True}
 
 
@@ -152,19 +154,18 @@ def _with(options: MountOptions, item: str) -> MountOptions:
     raise BadOption(_complaint(name, item))
 
 
-def _number(item: str, value: str, least: float = 0.0, most: float = math.inf) -> float:
+def _number(item: str, value: str, least: float = 0.0, most: float = _NUMBER_MAX) -> float:
     try:
         number = float(value)
     except ValueError:
         number = math.nan
-    if not least <= number <= most or number == math.inf:
-        limit = "on" if most == math.inf else f"to {most:g}"
-        raise BadOption(f"mount option {item!r} needs a number from {least:g} {limit}")
+    if not least <= number <= most:
+        raise BadOption(f"mount option {item!r} needs a number from {least:g} to {most:g}")
     return number
 
 
 def _count(item: str, value: str) -> int:
-    if not value.isdecimal() or not 1 <= int(value) <= WORKERS_MAX:
+    if value not in _COUNTS:
         raise BadOption(f"mount option {item!r} needs a number from 1 to {WORKERS_MAX}")
     return int(value)
 

@@ -18,7 +18,9 @@ from imgfs.format import (
     FLAG_PAIR,
     FLAG_SEAL,
     INDEX_RECORD_BYTES,
+    NEEDLES_START,
     OWNED_KINDS,
+    VOLUME_BYTES_LIMIT,
     IndexState,
     Kind,
     Needle,
@@ -30,6 +32,7 @@ from imgfs.index import (
     Index,
     Names,
     checkpoint_state,
+    empty_state,
     index_paths,
     names_a_name,
     names_header,
@@ -39,12 +42,12 @@ from imgfs.index import (
     trusted_state,
 )
 from imgfs.layout import VOLUME_SEALED, Word
-from imgfs.load import Loader, rebuild_free_queue
-from imgfs.mend import Mender
+from imgfs.load import Loader, rebuild_free_queue, sound_records
+from imgfs.mend import ROOT, Mender
 from imgfs.records import Place, VolumeEntry
 from imgfs.table import Table
 from imgfs.volume import Gap, Volume
-from imgfs.volumes import SUFFIX, OpenVolume, Volumes
+from imgfs.volumes import SUFFIX, OpenVolume, Volumes, volume_id_of, volume_path
 
 VOLUMES = "volumes"
 
@@ -192,9 +195,12 @@ class _Beginning(NamedTuple):
 class Recovery:
     """One pass over the volumes, in the order of their sequence numbers, into an empty table."""
 
-    def __init__(self, disk: Disk, root: str, table: Table, *, writable: bool, live_writer: bool = False) -> None:
+    def __init__(
+        self, disk: Disk, root: str, table: Table, store_id: bytes, *, writable: bool, live_writer: bool = False
+    ) -> None:
         """*live_writer*: another process appends to the store, so that an unfinished needle at its end is no damage."""
         self._disk = disk
+        self._store_id = store_id
         self._directory = f"{root}/{VOLUMES}"
         self._table = table
         self._writable = writable
@@ -205,6 +211,8 @@ class Recovery:
         self.tail: Tail | None = None
         self.mender = Mender(table, self.volumes, writable=writable)
         self.next_sequence = 1
+        # By volume: what is higher than all of its sequence numbers, where that is known.
+        self._sequence_ends: dict[int, int] = {}
         self._owners: set[int] = set()
         # The index records of each volume, for whoever wants to look back.
         self.kept: list[bytes] | None = None
@@ -214,6 +222,7 @@ class Recovery:
 
         Raises:
             NewerFormat: a newer release wrote one of the volumes.
+            Damaged: the superblock is that of another store than the volumes.
         """
         self._load_all(self._open_volumes())
         orphans = self._loader.link()
@@ -225,6 +234,7 @@ class Recovery:
             if self._needs_mending(orphans):
                 self.mender.mend()
             self.mender.claim_xattrs()
+        self._settle_root()
         self._table.replaying = False
         rebuild_free_queue(self._table.memory)
         words = self._table.memory.words
@@ -232,7 +242,12 @@ class Recovery:
 
     def _needs_mending(self, orphans: list[int]) -> bool:
         """Return whether needles are missing, now that *orphans* were found and all is replayed."""
-        return bool(orphans or self.report.damage)
+        return bool(orphans or self.report.damage or self.mender.lost_directories)
+
+    def _settle_root(self) -> None:
+        """Make sure that there is a root, also where no volume is left; a writer writes one."""
+        if not self._writable:
+            self.mender.find_directory(ROOT, of=0)
 
     def _open_volumes(self) -> list[Volume]:
         volumes = []
@@ -250,12 +265,23 @@ class Recovery:
             try:
                 volumes.append(Volume.open(self._disk, path))
             except Damaged as error:
-                file = self._disk.open(path)
-                size = self._disk.size(file)
-                self._disk.close(file)
-                number = int(name.removesuffix(SUFFIX)) if name.removesuffix(SUFFIX).isdigit() else 0
-                self.report.damage.append(Damage(number, 0, size, str(error)))
-        replaced = {number for volume in volumes for number in volume.header.replaces}
+                self._leave_out(path, str(error))
+        if volumes and all(volume.header.store_id != self._store_id for volume in volumes):
+            for volume in volumes:
+                volume.close()
+            raise Damaged("imgfs.json is that of another store; remove it, and it is made again from the volumes")
+        for volume in volumes.copy():
+            header = volume.header
+            text = "" if header.store_id == self._store_id else "this is a volume of another store"
+            if volume.path != volume_path(self._directory, header.volume_id):
+                text = text or f"this is volume {header.volume_id} under another name; give it back its own"
+            if text:
+                volumes.remove(volume)
+                volume.close()
+                self._leave_out(volume.path, text)
+        # A copy is newer than what it replaces.
+        headers = [volume.header for volume in volumes]
+        replaced = {number for header in headers for number in header.replaces if number < header.volume_id}
         for volume in [each for each in volumes if each.header.volume_id in replaced]:
             # A compaction was cut off after it was done, and before this was removed.
             volumes.remove(volume)
@@ -267,7 +293,19 @@ class Recovery:
                         self._disk.unlink(path)
         if self._writable and replaced:
             self._disk.sync_directory(self._directory)
-        return sorted(volumes, key=lambda volume: (volume.header.first_sequence, volume.header.volume_id))
+        volumes.sort(key=lambda volume: (volume.header.first_sequence, volume.header.volume_id))
+        self._sequence_ends = {
+            volume.header.volume_id: following.header.first_sequence
+            for volume, following in itertools.pairwise(volumes)
+        }
+        return volumes
+
+    def _leave_out(self, path: str, text: str) -> None:
+        """Report that the file at *path* is no volume of this store, for the reason in *text*."""
+        file = self._disk.open(path)
+        size = self._disk.size(file)
+        self._disk.close(file)
+        self.report.damage.append(Damage(volume_id_of(path.rpartition("/")[2]), 0, size, text))
 
     def _load_all(self, found: list[Volume]) -> None:
         """Load the volumes *found*, which are in order."""
@@ -279,13 +317,17 @@ class Recovery:
 
     def _begin(self, volume: Volume, previous: PreviousEnd | None, *, last: bool) -> _Beginning:
         """Read the index files of *volume*, and be ready to survey what they do not cover."""
-        size = previous.index_state.end if previous else volume.size()
+        header = volume.header
+        size = previous.index_state.end if previous else min(volume.size(), VOLUME_BYTES_LIMIT)
         paths = index_paths(volume.path)
         records, names = self._content(paths.records), self._content(paths.names)
         trusted = trusted_state(records, names, volume, size, previous.index_state if previous else None)
+        sequence = self._sequence_ends.get(header.volume_id, header.first_sequence + trusted.records)
+        if not sound_records(memoryview(records)[: trusted.records * INDEX_RECORD_BYTES], trusted, sequence):
+            trusted = empty_state(header.volume_id)
         index = IndexContent(
             bytearray(records[: trusted.records * INDEX_RECORD_BYTES]),
-            bytearray(names[: trusted.names_bytes] if trusted.records else names_header(volume.header.volume_id)),
+            bytearray(names[: trusted.names_bytes] if trusted.records else names_header(header.volume_id)),
         )
         # What a successor exists for is durable: sealing comes before its first needle.
         survey = Survey(volume, trusted.end, size, all_durable=not last)
@@ -313,10 +355,14 @@ class Recovery:
                 settled = index.count() - len(tail)
         self._report(survey)
         self.next_sequence = max(self.next_sequence, header.first_sequence, survey.next_sequence)
+        short = max(NEEDLES_START - volume.size(), 0)
+        if short:
+            text = "the volume was cut short: it ends within its header"
+            self.report.damage.append(Damage(header.volume_id, volume.size(), short, text))
         sealed = final is not None and final.kind == Kind.CHECKPOINT and bool(final.flags & FLAG_SEAL)
         if not last:
             settled = index.count()
-            if not sealed and previous is None and not self._is_damaged_at(header.volume_id, size):
+            if not sealed and not short and previous is None and not self._is_damaged_at(header.volume_id, size):
                 text = "the volume was cut short: it does not end with a seal"
                 self.report.damage.append(Damage(header.volume_id, size, 0, text))
         self._loader.add(bytes(index.records[: settled * INDEX_RECORD_BYTES]), entry)
@@ -330,7 +376,7 @@ class Recovery:
                 state_of(index.records, index.names, survey.end),
                 tail,
                 survey.durable,
-                size - survey.end,
+                max(size - survey.end, short),
                 sealed,
                 checkpointed=final is not None and final.kind == Kind.CHECKPOINT and len(tail) == 1,
             )
@@ -401,17 +447,31 @@ class Recovery:
     def _replay(self, tail: Tail) -> None:
         """Apply the last needles one by one, as when they were appended."""
         for offset, name_offset, needle in tail.needles:
-            if names_a_name(needle.kind) and needle.parent:
-                self.mender.find_directory(needle.parent, of=needle.inode)
-            if self.report.damage:
-                for inode in (needle.inode, needle.extra_u64(Tag.REPLACED), needle.extra_u64(Tag.TARGET)):
-                    self.mender.link_again(slot_of(inode))
-            place = Place(tail.entry, offset, name_offset)
-            self.mender.note_xattrs(needle, place)
-            with self._table.memory.change():
-                self._table.apply(needle, place)
+            try:
+                self._apply(needle, Place(tail.entry, offset, name_offset))
+            except Damaged as error:
+                volume_id = self._table.volume(tail.entry).volume_id
+                text = f"this contradicts what was written before: {error}"
+                self.report.damage.append(Damage(volume_id, offset, needle.length, text, needle.inode))
+
+    def _apply(self, needle: Needle, place: Place) -> None:
+        if names_a_name(needle.kind) and needle.parent:
+            self.mender.find_directory(needle.parent, of=needle.inode)
+        if self.report.damage:
+            for inode in (needle.inode, needle.extra_u64(Tag.REPLACED), needle.extra_u64(Tag.TARGET)):
+                self.mender.link_again(slot_of(inode))
+        self.mender.note_xattrs(needle, place)
+        with self._table.memory.change():
+            self._table.apply(needle, place)
 
 
 def previous_ends(volumes: Iterable[Volume]) -> dict[int, PreviousEnd]:
-    """Return what *volumes* say of others that end before their file does, by the ids of those."""
-    return {volume.header.previous.volume_id: volume.header.previous for volume in volumes if volume.header.previous}
+    """Return what *volumes*, in their order, say of those before them that end before their file does, by id."""
+    found: dict[int, PreviousEnd] = {}
+    before: set[int] = set()
+    for volume in volumes:
+        previous = volume.header.previous
+        if previous is not None and previous.volume_id in before:
+            found[previous.volume_id] = previous
+        before.add(volume.header.volume_id)
+    return found

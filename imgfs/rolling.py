@@ -11,16 +11,17 @@ import time
 
 from imgfs.active import Active
 from imgfs.disk import Disk
-from imgfs.errors import Damaged
+from imgfs.errors import Damaged, StoreLimit
 from imgfs.format import NEEDLES_START, IndexState, PreviousEnd, VolumeHeader
 from imgfs.index import empty_state, index_paths, names_header
 from imgfs.layout import Word
+from imgfs.plausible import FIRST_SEQUENCE_MAX, NUMBER_MAX
 from imgfs.records import VolumeEntry
 from imgfs.settings import MIB, Settings
 from imgfs.superblock import Superblock
 from imgfs.table import Table
 from imgfs.volume import Volume
-from imgfs.volumes import SUFFIX, volume_path
+from imgfs.volumes import SUFFIX, volume_id_of, volume_path
 
 # XFS allocates a large volume in extents of this size, so that a scan reads it in long runs.
 _EXTENT_BYTES = 16 * MIB
@@ -38,12 +39,14 @@ class Rolling(Active):
     def _newest_id(self) -> int:
         """Return the highest number any volume has, or had and left a file of; 0 if there is none."""
         # Names count, not the table: a volume whose header is damaged must not be overwritten.
-        stems = [name.partition(".")[0] for name in self._disk.names(self._directory)]
-        return max((int(stem) for stem in stems if stem.isdigit()), default=0)
+        return max(map(volume_id_of, self._disk.names(self._directory)), default=0)
 
     def _new_volume(self, previous: PreviousEnd | None, sequence: int) -> tuple[Volume, str]:
         """Make a volume that has no name of its own yet; return it, and the path it gets."""
         volume_id = self._newest_id() + 1
+        if volume_id > NUMBER_MAX or sequence > FIRST_SEQUENCE_MAX:
+            # No reader would believe its header.
+            raise StoreLimit(f"{self._directory} holds a file with the highest number a volume can have; move it away")
         self._remove_unnamed()
         header = VolumeHeader(
             self._superblock.store_id,
@@ -94,8 +97,9 @@ class Rolling(Active):
     def _take_over(self) -> bool:
         """Enter the volume that a killed writer had made, and not entered yet, if there is one."""
         for name in self._disk.names(self._directory):
-            stem, _, suffix = name.partition(".")
-            if suffix == SUFFIX[1:] and stem.isdigit() and not self._is_known(int(stem)) and self._take(int(stem)):
+            volume_id = volume_id_of(name)
+            is_volume = volume_path(self._directory, volume_id) == f"{self._directory}/{name}"
+            if is_volume and not self._is_known(volume_id) and self._take(volume_id):
                 return True
         return False
 
@@ -108,6 +112,7 @@ class Rolling(Active):
             return False  # it was there before this store was opened
         header = volume.header
         ours = header.previous is None and header.first_sequence == self._words[Word.NEXT_SEQUENCE]
+        ours = ours and (header.store_id, header.volume_id) == (self._superblock.store_id, volume_id)
         if not ours or header.replaces or volume.size() != NEEDLES_START:
             volume.close()
             return False

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from crc32c import crc32c
 
 from imgfs.errors import Damaged, NewerFormat
-from imgfs.format import FORMAT_VERSION, KNOWN_INCOMPATIBLE, READABLE_BY
+from imgfs.format import FORMAT_VERSION, KNOWN_INCOMPATIBLE, NEEDLES_START, READABLE_BY, VOLUME_BYTES_LIMIT
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ def unpack_superblock(data: bytes) -> Superblock:
         version, incompatible, release = fields["format"], fields["incompatible"], fields["readable_by"]
         if version > FORMAT_VERSION or incompatible & ~KNOWN_INCOMPATIBLE:
             raise NewerFormat(f"this store has format {version}; install imgfs {release} or newer to read it")
-        return Superblock(uuid.UUID(fields["store"]).bytes, int(fields["volume_bytes_max"]))
+        volume_bytes_max = fields["volume_bytes_max"]
+        if type(volume_bytes_max) is not int or not NEEDLES_START < volume_bytes_max <= VOLUME_BYTES_LIMIT:
+            raise ValueError("volume_bytes_max")
+        return Superblock(uuid.UUID(fields["store"]).bytes, volume_bytes_max)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged("imgfs.json is damaged; it can be made again from the volumes") from None
 

@@ -175,6 +175,9 @@ class Table(Owners):
             case Kind.FILE | Kind.DIRECTORY | Kind.SYMLINK | Kind.SPECIAL:
                 self._put(needle, place)
             case Kind.LINK:
+                aim = self.record(slot_of(needle.extra_u64(Tag.TARGET)))
+                if aim.live and aim.kind in (Kind.DIRECTORY, Kind.LINK):
+                    raise Damaged(f"inode {needle.inode:#x} is a further name of what can have only one")
                 if self._put(needle, place):
                     self._count_link(needle.extra_u64(Tag.TARGET), 1, needle.ctime_ns)
             case Kind.DELETE:
@@ -195,6 +198,8 @@ class Table(Owners):
         old = self.record(slot)
         value = self.hash(needle.name) if needle.name else 0
         known = old.live and old.generation == generation
+        if known and (old.kind == Kind.DIRECTORY) != (needle.kind == Kind.DIRECTORY):
+            raise Damaged(f"inode {needle.inode:#x} cannot be both a directory and none")
         if old.live and not known:
             # The needle that ended it is damaged; when that was nobody knows.
             self._delete(inode_of(slot, old.generation), needle.ctime_ns, timed=False)

@@ -32,6 +32,7 @@ from imgfs.format import (
     unpack_needle_header,
     unpack_volume_header,
 )
+from imgfs.plausible import plausible_header, plausible_needle
 
 # A scan reads so much at once: many small needles, or one header and a little of a large image.
 _WINDOW_BYTES = 256 << 10
@@ -82,6 +83,8 @@ class Volume:
         file = disk.open(path, writable=writable)
         try:
             header = unpack_volume_header(disk.read(file, 0, NEEDLES_START))
+            if not plausible_header(header):
+                raise Damaged("the volume header says what no release of imgfs writes")
         except BaseException:
             disk.close(file)
             raise
@@ -128,8 +131,10 @@ class Volume:
         return needle
 
     def unpack(self, data: Buffer, offset: int) -> Needle | None:
-        """Return the needle whose header starts *data*, which was read at *offset*; None if it is not whole."""
-        return unpack_needle_header(data, self._seed, offset)
+        """Return the needle whose header starts *data*, read at *offset*; None if it is not whole or makes no sense."""
+        needle = unpack_needle_header(data, self._seed, offset)
+        known = needle is not None and plausible_needle(needle, offset, self.header.first_sequence)
+        return needle if known else None
 
     def footer_of(self, needle: Needle, offset: int, *, nowait: bool = False) -> Checksums:
         """Return the checksums in the footer of *needle*, which lies at *offset*.

@@ -13,6 +13,7 @@ from imgfs.disk import Disk
 from imgfs.errors import Stale
 from imgfs.index import Names, index_paths
 from imgfs.layout import Word
+from imgfs.plausible import NUMBER_MAX
 from imgfs.table import Table
 from imgfs.volume import Volume
 
@@ -30,6 +31,13 @@ class OpenVolume:
 def volume_path(directory: str, volume_id: int) -> str:
     """Return the path of a volume in *directory*."""
     return f"{directory}/{volume_id:08d}{SUFFIX}"
+
+
+def volume_id_of(name: str) -> int:
+    """Return the number of the volume that a file of that *name* belongs to, 0 if it is no such name."""
+    stem = name.partition(".")[0]
+    number = int(stem) if stem.isascii() and stem.isdecimal() and len(stem) < 20 else 0
+    return number if number <= NUMBER_MAX else 0
 
 
 class Volumes:

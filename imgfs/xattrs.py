@@ -151,7 +151,10 @@ class Xattrs(Tree):
         if entry.volume < 0:
             return {}
         place = record._replace(flags=Kind.XATTR, volume=entry.volume, offset8=entry.offset8, size=entry.size)
-        return unpack_xattrs(self._images.whole(inode, place, nowait=nowait).data or b"")
+        whole = self._images.whole(inode, place, nowait=nowait)
+        if whole.data is None:
+            raise Damaged(f"inode {inode:#x} has more extended attributes than there can be")
+        return unpack_xattrs(whole.data)
 
     def _told(self, inode: int, name: bytes) -> str:
         """Return what attribute *name* of ours tells of the image *inode*."""

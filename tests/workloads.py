@@ -206,7 +206,7 @@ class _Chooser:
     def create_attributed(self) -> bool:
         path = self._free()
         if path:
-            self._work.create(path, self._data(), attributes=tuple({self._attribute(), self._attribute()})[:1])
+            self._work.create(path, self._data(), attributes=tuple(sorted((self._attribute(), self._attribute())))[:1])
         return bool(path)
 
     def rewrite(self) -> bool:
