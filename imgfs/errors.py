@@ -22,7 +22,7 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
 EXIT_CODES = {
-    EXIT_OK: "done; for check: the store is clean",
+    EXIT_OK: "done; for check and scrub: the store is clean",
     EXIT_FAILURE: "failed, or a copy left something out, for the reason on standard error",
     EXIT_USAGE: "the command line was wrong",
     EXIT_DAMAGED: "damage was found; what is whole is still served",

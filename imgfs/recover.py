@@ -61,10 +61,24 @@ class Damage:
     length: int
     text: str
     inode: int = 0
+    suffix: str = ".vol"  # of the file; with volume 0 it is the superblock
+    readable: bool = False  # what the image holds is whole all the same
+    needed: bool = True  # by an image, or nobody knows
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        file = f"volume {self.volume}" if self.volume and self.suffix == ".vol" else self.file
+        return f"{file}, offset {self.offset}"
+
+    @property
+    def file(self) -> str:
+        """The file it is in, from the top of the store."""
+        return f"{VOLUMES}/{self.volume:08d}{self.suffix}" if self.volume else "imgfs.json"
 
     def __str__(self) -> str:
         image = f", inode {self.inode:#x}" if self.inode else ""
-        return f"volume {self.volume}, offset {self.offset}, {self.length} bytes{image}: {self.text}"
+        return f"{self.place}, {self.length} bytes{image}: {self.text}"
 
 
 @dataclass

@@ -14,16 +14,18 @@ from types import TracebackType
 from typing import Self
 
 from imgfs.atimes import AccessTimes
-from imgfs.check import Checked, check_volumes
+from imgfs.check import Checked, check_volumes, judge, may_need
 from imgfs.compact import Compaction
 from imgfs.disk import Buffer, Disk
 from imgfs.errors import IsADirectory
-from imgfs.format import Kind, seconds, slot_of
+from imgfs.format import ALIGNMENT, Kind, seconds, slot_of
 from imgfs.handles import WRITE
 from imgfs.holes import Holes
+from imgfs.index_reading import IndexRow
 from imgfs.layout import Flag, Word
 from imgfs.memory import Memory
-from imgfs.opening import ROOT, Opened, attach_parts, make_store, open_parts
+from imgfs.opening import ROOT, Opened, attach_parts, make_store, open_parts, owner
+from imgfs.reading import VolumeReading
 from imgfs.reclaim import Limits, Reclaimer
 from imgfs.records import Record
 from imgfs.recover import VOLUMES, Damage
@@ -33,10 +35,10 @@ from imgfs.settings import Settings
 from imgfs.staging import DIRTY, Staged
 from imgfs.tree import PERMISSIONS
 from imgfs.usage import Usage
-from imgfs.view import Attr, Counts, Entry, Location, Space
+from imgfs.view import Attr, Counts, Entry, Location, Space, Spot
 from imgfs.xattrs import Xattrs
 
-__all__ = ["PERMISSIONS", "ROOT", "Attr", "Counts", "Entry", "Location", "Space", "Store", "make_store"]
+__all__ = ["PERMISSIONS", "ROOT", "Attr", "Counts", "Entry", "Location", "Space", "Spot", "Store", "make_store"]
 
 
 class Store(Xattrs):
@@ -211,7 +213,35 @@ class Store(Xattrs):
 
         Nobody else may change the store meanwhile, unless it was opened for reading.
         """
-        return check_volumes(self._table, self._volumes)
+        # A daemon keeps its index whole; that it says more than can be read of a damaged volume is no fault of it.
+        whole = not self.writable and owner(self.path, self._disk) is not None
+        return check_volumes(self._table, self._volumes, self._disk, () if whole else self.report.rebuilt)
+
+    def judge(self, reading: VolumeReading, *, upto: int) -> list[Damage] | None:
+        """Return the damage that *reading* has found in a volume of this store, as `check` does.
+
+        All that the store has there from where it began *upto* an offset must have been found. None: this store does
+        not know so much of the volume, or nothing of it.
+        """
+        for entry in range(self._memory.words[Word.VOLUMES]):
+            row = self._table.volume(entry)
+            if row.volume_id == reading.volume.header.volume_id:
+                return list(judge(self._table, entry, reading, upto=upto)) if row.end >= upto else None
+        return None
+
+    def needs(self, inode: int, volume_id: int, offset: int) -> bool:
+        """Return whether *inode* is there and has its bytes, or its attributes, at that place, or may have them there.
+
+        It may, if it was put behind the last checkpoint, and its needle is not whole.
+        """
+        for entry in range(self._memory.words[Word.VOLUMES]):
+            if self._table.volume(entry).volume_id == volume_id:
+                record, rare = self._table.record(slot_of(inode)), self._table.rare.get(slot_of(inode), inode >> 32)
+                places = (record.volume, record.offset8), (rare.volume, rare.offset8)
+                if record.live and record.generation == inode >> 32 and (entry, offset // ALIGNMENT) in places:
+                    return True
+                return may_need(self._table, entry, IndexRow(Kind.FILE, inode, offset))
+        return False
 
     def usage(self) -> Usage:
         """Return what tells live bytes of the volumes from dead ones; the store is open for reading."""

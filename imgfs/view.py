@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from imgfs.disk import Disk
-from imgfs.errors import InvalidArgument, IsADirectory, NameTooLong, NotADirectory, NotFound
+from imgfs.errors import InvalidArgument, IsADirectory, NameTooLong, NotADirectory, NotFound, Stale
 from imgfs.format import ALIGNMENT, NAME_BYTES_MAX, Kind, footer_bytes, inode_of, slot_of
 from imgfs.handles import Handles
 from imgfs.images import Images
@@ -58,6 +58,14 @@ class Location(NamedTuple):
     data_offset: int
     size: int
     checksum: int  # CRC-32C of the data
+
+
+class Spot(NamedTuple):
+    """Where the table says that an image lies, whether or not it is whole there."""
+
+    volume: int
+    offset: int
+    size: int
 
 
 class Space(NamedTuple):
@@ -200,6 +208,27 @@ class View:
         """Return the name of *inode* in that directory."""
         return self._memory.consistent(lambda: self._name(*self._naming(inode)))
 
+    def path_of(self, inode: int) -> bytes:
+        """Return the path of *inode* from the top of the store, of several one. Stale; Damaged where a name is lost."""
+        names: list[bytes] = []
+        while inode != ROOT:
+            names.append(self.name(inode))
+            inode = self.parent(inode)
+        return b"/".join(reversed(names))
+
+    def inode_in(self, slot: int) -> int:
+        """Return the inode that has *slot*, or had it last."""
+        return inode_of(slot, self._table.whole_record(slot).generation)
+
+    def is_there(self, inode: int) -> bool:
+        """Return whether *inode*, which may be any number, has a name."""
+        if not 0 <= slot_of(inode) < self._memory.words[Word.SLOTS]:
+            return False
+        try:
+            return self._images.record(inode).live
+        except Stale:
+            return False
+
     def _naming(self, inode: int) -> tuple[int, Record]:
         """Return slot and record of what names *inode*: its own, or a link's if only links are left."""
         slot, record = slot_of(inode), self._images.record(inode)
@@ -244,6 +273,23 @@ class View:
         whole = self._images.whole(inode, record)
         volume_id = self._table.volume(record.volume).volume_id
         return Location(volume_id, whole.offset, whole.offset + whole.needle.data_start, record.size, whole.sums.data)
+
+    def spot(self, inode: int) -> Spot:
+        """Return where the last flushed bytes of *inode* should lie; nothing is verified.
+
+        Raises:
+            IsADirectory, Stale: as the names say.
+            InvalidArgument: it is something without bytes.
+            NotFound: no needle holds it yet.
+        """
+        record = self._images.record(inode)
+        if record.kind == Kind.DIRECTORY:
+            raise IsADirectory("a directory has no bytes of its own")
+        if record.kind not in (Kind.FILE, Kind.SYMLINK):
+            raise InvalidArgument("this has no bytes: it is neither an image nor a symbolic link")
+        if record.flags & Flag.UNBORN:
+            raise NotFound("this image is being written for the first time")
+        return Spot(self._table.volume(record.volume).volume_id, record.offset8 * ALIGNMENT, record.size)
 
     def prefetch(self, inode: int) -> None:
         """Let the disk start to read the image *inode*; nothing happens if it has no bytes."""

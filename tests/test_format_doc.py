@@ -13,6 +13,7 @@ import pytest
 
 from imgfs import format as disk_format
 from imgfs import layout, load
+from imgfs.disk import Disk
 from imgfs.format import (
     IndexState,
     Kind,
@@ -21,7 +22,9 @@ from imgfs.format import (
     Tag,
     VolumeHeader,
 )
+from imgfs.known_damage import KnownDamage
 from imgfs.records import Record
+from imgfs.recover import Damage
 from imgfs.staging import Staged
 from imgfs.superblock import new_superblock, pack_superblock
 
@@ -163,3 +166,12 @@ def test_magic_numbers_and_places_are_those_of_the_code() -> None:
 
 def test_keys_of_the_superblock_are_those_that_are_written() -> None:
     assert [row[0] for row in table_headed("key")] == list(json.loads(pack_superblock(new_superblock(1 << 30))))
+
+
+def test_keys_of_the_list_of_damage_are_those_that_are_written(tmp_path: Path) -> None:
+    known = KnownDamage(str(tmp_path), Disk())
+    known.see(Damage(1, 2, 3, "text", 4), b"path")
+    known.save()
+    (written,) = json.loads((tmp_path / "damage.json").read_text())["damage"]
+    documented = [key for row in table_headed("key of an entry") for key in re.findall(r"\w+", row[0])]
+    assert sorted(documented) == sorted(written)

@@ -18,6 +18,8 @@ from imgfs.mountpoint import CLOSE_PATIENCE_S
 
 PROJECT = Path(__file__).parent.parent
 UNIT = PROJECT / "systemd" / "imgfs@.service"
+SCRUB_UNIT = PROJECT / "systemd" / "imgfs-scrub@.service"
+SCRUB_TIMER = PROJECT / "systemd" / "imgfs-scrub@.timer"
 HELPER = PROJECT / "systemd" / "mount.fuse.imgfs"
 MAKEFILE = PROJECT / "Makefile"
 
@@ -44,12 +46,12 @@ def settings(unit: str) -> dict[str, str]:
 # -- systemd ----------------------------------------------------------------------------------------------------------
 
 
-def verify(unit: str, directory: Path) -> subprocess.CompletedProcess[str]:
+def verify(unit: str, directory: Path, name: str = UNIT.name) -> subprocess.CompletedProcess[str]:
     """Lint *unit* as if imgfs were installed."""
     command = directory / "imgfs"
     command.write_text("#!/bin/sh\n")
     command.chmod(0o755)
-    path = directory / UNIT.name
+    path = directory / name
     path.write_text(re.sub(r"^(Exec\w+=)imgfs ", rf"\1{command} ", unit, flags=re.MULTILINE))
     return run("systemd-analyze", "verify", "--man=no", "--recursive-errors=no", path)
 
@@ -77,6 +79,41 @@ def test_the_unit_stops_the_daemon_in_order() -> None:
     assert unit["Type"] == "notify"
     assert unit["KillMode"] == "mixed"
     assert int(unit["TimeoutStopSec"]) > CLOSE_PATIENCE_S
+
+
+def test_the_units_of_the_scrub_pass_it_too(tmp_path: Path) -> None:
+    # The timer is linted with the service that it starts beside it.
+    for unit in (SCRUB_UNIT, SCRUB_TIMER):
+        done = verify(unit.read_text(), tmp_path, unit.name)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    done = verify(SCRUB_TIMER.read_text().replace("=monthly", "=now and then"), tmp_path, SCRUB_TIMER.name)
+    assert "Failed to parse calendar specification" in done.stderr
+
+
+def test_the_scrub_unit_says_what_the_command_takes(tmp_path: Path) -> None:
+    """Its command lines are run as systemd would, without systemd."""
+    store, figures = tmp_path / "photos.imgfs", tmp_path / "photos.prom"
+    imgfs_command = f"{sys.executable} -m imgfs"
+    assert run(*imgfs_command.split(), "mkfs", store).returncode == 0
+    unit = settings(SCRUB_UNIT.read_text())
+    values = {"SCRUB_RATE": "50M", "STORE": str(store), "METRICS": str(figures)}
+    assert "SCRUB_RATE=50M" in unit["Environment"].split()
+    start = re.sub(r"\$\{(\w+)\}", lambda match: values[match[1]], unit["ExecStart"])
+    done = run(*start.replace("imgfs", imgfs_command, 1).split())
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    shell, option, line = unit["ExecStopPost"].split(" ", 2)
+    text = line.strip("'").replace("$$", "$").replace("exec imgfs", f"exec {imgfs_command}")
+    for metrics, written in (("", False), (str(figures), True)):
+        done = run(shell, option, text, environment=values | {"METRICS": metrics})
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert figures.exists() == written
+    assert "imgfs_last_scrub_damaged_places" in figures.read_text()
+
+
+def test_what_is_shipped_for_systemd_is_installed() -> None:
+    script = (PROJECT / "scripts" / "install-system.sh").read_text()
+    for unit in (PROJECT / "systemd").glob("*@.*"):
+        assert f"systemd/{unit.name} " in script
 
 
 # -- mount(8) ---------------------------------------------------------------------------------------------------------

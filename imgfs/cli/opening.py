@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from imgfs.cli.text import complain
 from imgfs.errors import ImgfsError
 from imgfs.recover import Damage
-from imgfs.store import ROOT, Store
+from imgfs.store import Store
 
 # So many damaged places are named one by one; `imgfs check` names them all.
 _NAMED_MAX = 10
@@ -38,20 +38,17 @@ def tell_damage(store: Store, path: str) -> None:
 
 def damage_line(store: Store, damage: Damage) -> str:
     """Return where the damage is, which image has it, and what it is."""
-    place = f"volume {damage.volume}, offset {damage.offset}"
-    if damage.inode:
-        place += f", {os.fsdecode(path_of(store, damage.inode))}"
-    return f"{place}: {damage.text}"
+    return damage_text(damage, path_of(store, damage.inode) if damage.inode else None)
+
+
+def damage_text(damage: Damage, path: bytes | None) -> str:
+    """Return where the damage is, that the image at *path* has it if that is known, and what it is."""
+    return f"{damage.place}{f', {os.fsdecode(path)}' if path is not None else ''}: {damage.text}"
 
 
 def path_of(store: Store, inode: int) -> bytes:
     """Return the path of *inode* from the top of the store; its number where names are lost."""
-    names: list[bytes] = []
-    at = inode
     try:
-        while at != ROOT:
-            names.append(store.name(at))
-            at = store.parent(at)
+        return store.path_of(inode)
     except ImgfsError:
         return b"inode %d" % inode
-    return b"/".join(reversed(names))

@@ -7,6 +7,8 @@ import errno
 import os
 import shlex
 import sys
+import time
+from contextlib import suppress
 
 import click
 
@@ -15,7 +17,9 @@ from imgfs.cli.copying import quiet_option
 from imgfs.cli.opening import damage_line
 from imgfs.cli.progress import Progress, rate
 from imgfs.cli.text import binary_size, complain, counted, echo, parse_size, path_argument
+from imgfs.disk import Disk
 from imgfs.errors import EXIT_DAMAGED, EXIT_REPAIRED, Busy, DiskFailure, InvalidArgument
+from imgfs.known_damage import note_check
 from imgfs.mountpoint import FILESYSTEM_TYPE, canonical, find
 from imgfs.opening import VOLUME_BYTES_MAX, VOLUME_BYTES_MIN
 from imgfs.rebuild import remove_index
@@ -104,13 +108,14 @@ def _open_to_check(path: str) -> Store:
 def _check(store: Store, *, quiet: bool) -> int:
     """Check the open store, show it, and return how many places are damaged."""
     needles = volume_bytes = 0
-    seen: set[tuple[int, int]] = set()
+    began_ns = time.time_ns()
+    found: dict[tuple[str, int], Damage] = {}
     with Progress("checking", sys.stderr, "needle", data_bytes=store.counts().volume_bytes, quiet=quiet) as progress:
 
         def tell(damage: Damage) -> None:
             # What opening the store has met, the check meets again.
-            if (damage.volume, damage.offset) not in seen:
-                seen.add((damage.volume, damage.offset))
+            if (damage.file, damage.offset) not in found:
+                found[damage.file, damage.offset] = damage
                 progress.message(f"imgfs: damaged: {damage_line(store, damage)}")
 
         for step in store.check():
@@ -122,12 +127,14 @@ def _check(store: Store, *, quiet: bool) -> int:
         for damage in store.report.damage:
             tell(damage)
         seconds = progress.seconds
+    with suppress(OSError):  # a store that may only be read keeps no list
+        note_check(store, found.values(), began_ns, Disk())
     if not quiet:
-        result = f"{counted(len(seen), 'damaged place')}" if seen else "nothing is damaged"
+        result = f"{counted(len(found), 'damaged place')}" if found else "nothing is damaged"
         speed = rate(needles, "needle", volume_bytes, seconds)
         amount = f"{counted(needles, 'needle')} ({volume_bytes / 1e6:,.1f} MB)"
         echo(f"{result}: checked {amount} in {seconds:,.1f} s: {speed}")
-    return len(seen)
+    return len(found)
 
 
 @click.command("rebuild-index")
