@@ -38,15 +38,13 @@ def test_each_parser(parser: Callable[[Random], None], made: list[Seed]) -> None
         parser(Random(number))
 
 
-def failures(made: list[Seed], count: int) -> list[str]:
-    """Return what is wrong with the first cases."""
-    found = []
+def failures(made: list[Seed], count: int) -> Iterator[str]:
+    """Yield what is wrong with the first cases."""
     for number in range(count):
         try:
             run(made, number)
         except (Exception, Hang) as error:
-            found.append(f"{type(error).__name__}: {error}")
-    return found
+            yield f"{type(error).__name__}: {error}"
 
 
 def test_wrong_bytes_would_be_noticed(made: list[Seed], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +54,7 @@ def test_wrong_bytes_would_be_noticed(made: list[Seed], monkeypatch: pytest.Monk
 
 def test_what_is_believed_too_easily_would_be_noticed(made: list[Seed], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imgfs.volume.plausible_needle", lambda *_: True)
-    assert failures(made, 200)
+    assert any(failures(made, 3000))
 
 
 def test_a_number_is_one_case() -> None:
