@@ -11,7 +11,7 @@ from bench.result import RESULTS, Result, refresh_page, table, write_json
 from bench.site import Failed, Site, open_site
 
 # In the order in which they run.
-BENCHES = ("requests", "hot", "workers", "copying", "cold", "start", "memory")
+BENCHES = ("requests", "hot", "workers", "copying", "cold", "reclaim", "start", "memory")
 # Quick results are for whoever runs them; those of full size are kept, and stand in docs/performance.md.
 DIRECTORIES = {"tiny": RESULTS / "tiny", "quick": RESULTS / "quick", "full": RESULTS}
 

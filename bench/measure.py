@@ -1,6 +1,6 @@
 """How benches measure: clients that start together, systems that take turns within each round.
 
-*Concurrency:* clients are forked processes; each runs one job and sends back one number.
+*Concurrency:* clients are forked processes; each runs one job and sends back what it returns.
 """
 
 import multiprocessing
@@ -35,7 +35,7 @@ def rounds(count: int, systems: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]
         yield number, systems if number % 2 == 0 else list(reversed(systems))
 
 
-def together(jobs: Sequence[Callable[[], int]]) -> tuple[float, list[int]]:
+def together(jobs: Sequence[Callable[[], T]]) -> tuple[float, list[T]]:
     """Run each job in a process of its own, all from the same moment; return (seconds to the last, what they return).
 
     Failed if one of them raises.
@@ -44,7 +44,7 @@ def together(jobs: Sequence[Callable[[], int]]) -> tuple[float, list[int]]:
     barrier = context.Barrier(len(jobs) + 1)
     queue = context.SimpleQueue()
 
-    def client(job: Callable[[], int]) -> None:
+    def client(job: Callable[[], T]) -> None:
         barrier.wait()
         try:
             queue.put(job())

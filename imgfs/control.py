@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from imgfs.errors import Busy, ImgfsError
 NAME = "control"
 # A client that says nothing for so long is left alone.
 _ASK_S = 5.0
+_BEGIN_S, _BEGIN_POLL_S = 2.0, 0.01
 _LINE_BYTES_MAX = 65_536
 
 Message = dict[str, Any]
@@ -68,11 +70,7 @@ def ask(store_path: str, question: Message, told: Callable[[Message], None] = la
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with connection:
-        try:
-            with _reachable(store_path) as directory:
-                connection.connect(f"{directory}/{NAME}")
-        except OSError as error:
-            raise Busy(f"{store_path} is in use, and who uses it does not answer ({error.strerror})") from None
+        _connect(connection, store_path)
         connection.sendall(json.dumps(question).encode() + b"\n")
         for line in connection.makefile("rb"):
             message = json.loads(line)
@@ -81,6 +79,24 @@ def ask(store_path: str, question: Message, told: Callable[[Message], None] = la
                 return done
             told(message)
     raise Interrupted("the maintenance process was interrupted; what it had begun goes on, or is undone: ask again")
+
+
+def _connect(connection: socket.socket, store_path: str) -> None:
+    """Connect to who answers for the store; just after a mount, or in place of a killed one, that begins in a moment.
+
+    Raises:
+        Busy: nobody does.
+    """
+    deadline_s = time.monotonic() + _BEGIN_S
+    while True:
+        try:
+            with _reachable(store_path) as directory:
+                connection.connect(f"{directory}/{NAME}")
+            return
+        except OSError as error:
+            if time.monotonic() > deadline_s:
+                raise Busy(f"{store_path} is in use, and who uses it does not answer ({error.strerror})") from None
+        time.sleep(_BEGIN_POLL_S)
 
 
 @contextlib.contextmanager

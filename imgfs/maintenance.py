@@ -30,6 +30,7 @@ _TICK_S = 0.1
 _HOLES_PART, _SURVEY_PART = 20, 100
 _HOLES_S, _SURVEY_S = 0.5, 30.0
 _SETTLE_S = 10.0
+_TELL_S = 0.1
 # Requests that read without the lock; others look again when they have it.
 _READING = frozenset(
     {Opcode.OPEN, Opcode.READ, Opcode.READLINK, Opcode.GETXATTR, Opcode.LISTXATTR, Opcode.LOOKUP, Opcode.GETATTR}
@@ -129,8 +130,8 @@ class _Maintenance:
         while groups := self._reclaimer.worthwhile(self._reclaimer.survey()):
             self._compact(groups[0], lambda _: None)
 
-    def _compact(self, group: list[Share], tell: Callable[[int], None]) -> int:
-        """Compact *group*; return how many bytes that has freed."""
+    def _compact(self, group: list[Share], tell: Callable[[int], None]) -> tuple[int, int]:
+        """Compact *group*; return how many bytes were copied, and how many that has freed."""
         before = 0
 
         def copied(size: int) -> None:
@@ -143,7 +144,7 @@ class _Maintenance:
 
         done = self._reclaimer.compact(group, copied)
         self._finished = self._reclaimer.finish()
-        return done.volume_bytes
+        return before, done.volume_bytes
 
     def _answer_room(self) -> None:
         """Somebody waits for room, and cannot wait until a compaction is done."""
@@ -190,8 +191,18 @@ class _Maintenance:
         groups = self._reclaimer.worthwhile(shares, float(question["live_share"]))
         chosen = {share.row for group in groups for share in group}
         tell({"shares": [[*share, share.row in chosen] for share in shares]})
-        freed = 0
+        copied_bytes = freed = 0
         if not question["dry_run"]:
+            tell_s = time.monotonic()
+
+            def copied(size: int) -> None:
+                nonlocal tell_s
+                # Not of each image: that would take longer than to copy it.
+                if time.monotonic() >= tell_s:
+                    tell({"copied": size})
+                    tell_s = time.monotonic() + _TELL_S
+
             for group in groups:
-                freed += self._compact(group, lambda size: tell({"copied": size}))
-        return {"freed": freed}
+                done = self._compact(group, copied)
+                copied_bytes, freed = copied_bytes + done[0], freed + done[1]
+        return {"copied": copied_bytes, "freed": freed}

@@ -12,6 +12,11 @@ from collections.abc import Callable
 _PATIENCE_NS = 5_000_000
 _LOOK_S = 0.1
 _LEAST = 1 / 32
+# Waits are saved up: each one takes longer than it should, the more so on a busy machine. What that or a slow disk has
+# taken may be made up for, but not in a burst that readers feel.
+_NAP_S = 0.002
+_CATCH_UP_S = 0.05
+_IDLE_MAX_S = 0.25
 
 
 class Pace:
@@ -25,10 +30,11 @@ class Pace:
         self._usual_ns = 0.0
         self._seen = waits()
         self._looked_s = time.monotonic()
-        self._free_s = self._looked_s
+        self._free_s = self._woke_s = self._looked_s
 
     def rest(self) -> None:
         """Learn how long readers wait while nothing is done; call it now and then."""
+        self._woke_s = time.monotonic()
         wait_ns = self._wait_ns()
         if wait_ns:
             self._usual_ns = wait_ns if not self._usual_ns else 0.8 * self._usual_ns + 0.2 * wait_ns
@@ -43,9 +49,14 @@ class Pace:
             else:
                 self._share = min(1.0, self._share * 1.25)
             self._looked_s = now_s
-        self._free_s = max(self._free_s, now_s) + size / (self._bytes_per_s * self._share)
-        if self._free_s > now_s:
-            time.sleep(self._free_s - now_s)
+        # Both by its rate, and by the part of the time that it works: what is bound by the disk would not notice a
+        # lower limit.
+        self._free_s = max(self._free_s, now_s - _CATCH_UP_S) + size / (self._bytes_per_s * self._share)
+        idle_s = min(_IDLE_MAX_S, (now_s - self._woke_s) * (1 / self._share - 1))
+        wait_s = max(self._free_s - now_s, idle_s)
+        if wait_s > _NAP_S:
+            time.sleep(wait_s)
+            self._woke_s = time.monotonic()
 
     def _wait_ns(self) -> float:
         """Return how long a read has waited on average since the last call, 0 if none has."""
