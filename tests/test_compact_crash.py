@@ -1,7 +1,7 @@
 """The power is cut, or the process killed, before every step of giving space back: the tree stays what it was."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
@@ -103,8 +103,6 @@ def run(clock: Clock, name: str) -> Run:
     assert_sound(work.store)
     work.cuts.append(Cut(work.disk.steps, "the end", work.disk.copy(), work.acknowledged, work.synced))
     return Run(work, list(of_interest(work.cuts)), done.holes, done.volumes)
-
-
 
 
 def read(store: Store, handle: int) -> bytes:
