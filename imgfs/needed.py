@@ -94,9 +94,9 @@ class Needed:
         for row in np.flatnonzero(attributes):
             place = self._table.rare.get(int(slot[row]), int(index["hash_generation"][row]) >> 24)
             needed[row] = place.volume == entry and place.offset8 == index["offset8"][row]
-        # What says that there are none any more.
-        none = attributes & (index["size"] == 0)
-        needed |= none & last_of_each(attributes, slot) & self._was_put(slot) | kept
+        # What says that there are none any more, and since when.
+        none = attributes & (index["size"] == 0) & last_of_each(attributes, slot)
+        needed |= none & (self._was_put(slot) | (record["ctime"] == index["ctime"])) | kept
         result: npt.NDArray[np.bool_] = needed
         return result
 

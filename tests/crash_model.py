@@ -297,7 +297,7 @@ def recovered(disk: SimulatedDisk, settings: Settings = SETTINGS) -> Snapshot:
     steps = disk.steps
     with_reader = open_store(disk, settings, writable=False)
     try:
-        assert not with_reader.report.damage, "a crash is no damage"
+        assert not with_reader.report.damage, f"a crash is no damage: {[*map(str, with_reader.report.damage)]}"
         seen = snapshot(with_reader)
     finally:
         with_reader.close()

@@ -286,8 +286,11 @@ class SimulatedDisk(Disk):
         return False
 
     def punch(self, file: int, offset: int, size: int) -> bool:
-        data = self.read(file, offset, size)
-        self.write(file, offset, [bytes(len(data))])
+        self._call("punch")
+        opened = self._opened(file)
+        size = min(size, len(opened.file.data) - offset)
+        self._step(f"punch {opened.path} {offset}+{size}")
+        opened.file.apply(Operation(offset, bytes(size), punched=True))
         return True
 
     def clone(self, source: int, target: int) -> bool:

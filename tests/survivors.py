@@ -17,6 +17,7 @@ from random import Random
 from typing import NamedTuple, TypeVar, cast
 
 SECTOR_BYTES = 512
+BLOCK_BYTES = 4096
 NAME_BYTES_MAX = 255
 _NOISE = Random(0).randbytes(1 << 16)
 
@@ -141,6 +142,7 @@ class Operation(NamedTuple):
     data: bytes | None
     doomed: bool = False  # a sync of it failed
     certain: bool = False  # synced, but kept in the list because a doomed one comes before it
+    punched: bool = False  # not written, but freed: whole blocks, XFS does so from the last one on
 
     @property
     def size(self) -> int:
@@ -210,7 +212,7 @@ class File:
         operations, total = sum(not each.certain for each in self.unsynced), self.unsynced_bytes()
         lost: list[tuple[int, int]] = []  # where written bytes are missing
         for operation in self.unsynced:
-            offset, data, _, certain = operation
+            offset, data, _, certain, punched = operation
             place = Place(number, operations, offset, operation.size, before, total)
             survivor = EVERYTHING if certain else choice
             ranges, length = survivor.ranges(place), survivor.length(place)
@@ -221,6 +223,10 @@ class File:
                     del content[offset:]
                     lost = [(start, min(end, offset)) for start, end in lost]
                     _extend(content, offset, lost, choice.hole)
+                continue
+            if punched:
+                freed = sum(end - start for start, end in ranges) // BLOCK_BYTES * BLOCK_BYTES
+                content[offset + len(data) - freed : offset + len(data)] = bytes(freed)
                 continue
             edges = [0, *(edge for part in ranges for edge in part), len(data)]
             lost += [(offset + start, offset + end) for start, end in zip(edges[::2], edges[1::2], strict=True)]

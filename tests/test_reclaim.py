@@ -1,0 +1,303 @@
+"""On a real mount: what is deleted gives its space back, and nobody who reads or writes notices."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from clients import Load
+from mount_load import check_image, image
+from mounted import PROJECT, Mounted, XfsDisk, imgfs, wait_until
+from web_server import Nginx
+
+from imgfs.errors import EXIT_BUSY, EXIT_FAILURE, EXIT_NO_SPACE, EXIT_OK
+from imgfs.layout import Word
+from imgfs.memory import Memory
+from imgfs.settings import KIB, MIB, Settings
+from imgfs.store import make_store
+
+pytestmark = [pytest.mark.mount, pytest.mark.root]
+
+NOW = "allow_other,retention=0"
+COMPACTED = r"compacted \d+ volumes? into volume \d+: \d+ bytes copied, -?\d+ freed"
+DEATHS = [
+    r"worker \d+ \(process \d+\) died of SIGKILL, with .*",
+    r"worker \d+ \(process \d+\) is killed: it (held the gate|took too long to answer .*), with .*",
+    r"\d+ of \d+ workers replaced in \d+ ms",
+    r"the maintenance process \(\d+\) died of SIGKILL; starting another",
+]
+LOAD_S = 5.0
+
+
+@pytest.fixture
+def small(stopped: Mounted) -> Mounted:
+    """A store of small volumes, not mounted yet."""
+    shutil.rmtree(stopped.store)
+    make_store(str(stopped.store), Settings(volume_bytes_max=MIB), uid=0, gid=0)
+    stopped.expected_log.append(COMPACTED)
+    return stopped
+
+
+def disk_bytes(mounted: Mounted) -> int:
+    """Return what the volumes take of the disk."""
+    total = 0
+    for path in (mounted.store / "volumes").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_blocks * 512
+    return total
+
+
+def free_bytes(mounted: Mounted) -> int:
+    """Return what df shows for the mount."""
+    space = os.statvfs(mounted.point)
+    return space.f_bavail * space.f_frsize
+
+
+def fill(directory: Path, count: int, size: int, seed: int = 0) -> None:
+    directory.mkdir(exist_ok=True)
+    for number in range(count):
+        (directory / f"{number}").write_bytes(image(seed + number, size))
+
+
+def assert_whole(directory: Path) -> None:
+    for path in directory.iterdir():
+        check_image(path.read_bytes(), str(path))
+
+
+def test_df_falls_within_seconds_of_rm(stopped: Mounted) -> None:
+    """Also of images of which many share a block, and none has one of its own."""
+    stopped.start(NOW)
+    for size, count in ((1000, 3000), (50_000, 100), (3 * MIB, 2)):
+        directory = stopped.point / f"{size}"
+        fill(directory, count, size)
+        fill(stopped.point / f"stays{size}", 3, size)
+        before, shown = disk_bytes(stopped), free_bytes(stopped)
+        shutil.rmtree(directory)
+        wait_until(lambda before=before, size=size, count=count: disk_bytes(stopped) < before - 0.8 * size * count, f"{size}: freed")
+        wait_until(lambda shown=shown, size=size, count=count: free_bytes(stopped) > shown + 0.8 * size * count, f"{size}: shown")
+        stopped.drop_caches()
+        assert_whole(stopped.point / f"stays{size}")
+
+
+def test_what_is_open_is_readable_until_it_is_closed(stopped: Mounted) -> None:
+    stopped.start(NOW)
+    size = MIB
+    names = ("unlinked", "replaced", "other")
+    for number, name in enumerate(names):
+        (stopped.point / name).write_bytes(image(number, size))
+    (stopped.point / "new").write_bytes(b"new")
+    with open(stopped.point / "unlinked", "rb") as unlinked, open(stopped.point / "replaced", "rb") as replaced:
+        before = disk_bytes(stopped)
+        (stopped.point / "unlinked").unlink()
+        (stopped.point / "new").rename(stopped.point / "replaced")
+        (stopped.point / "other").unlink()
+        wait_until(lambda: disk_bytes(stopped) < before - 0.8 * size, "what is not open is freed")
+        stopped.drop_caches()
+        for number, file in enumerate((unlinked, replaced)):
+            assert file.read() == image(number, size)
+        assert disk_bytes(stopped) > before - 1.5 * size
+    wait_until(lambda: disk_bytes(stopped) < before - 2.8 * size, "what was open is freed")
+    assert (stopped.point / "replaced").read_bytes() == b"new"
+
+
+# -- compaction beside readers and writers ----------------------------------------------------------------------------
+
+
+def compacting(mounted: Mounted) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "imgfs", "compact", "-q", mounted.store]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=PROJECT
+    )
+
+
+def compact_once(mounted: Mounted, *codes: int) -> int:
+    with compacting(mounted) as command:
+        text, _ = command.communicate(timeout=60)
+    assert command.returncode in (EXIT_OK, *codes), text
+    return command.returncode
+
+
+@contextlib.contextmanager
+def load(mounted: Mounted) -> Iterator[Load]:
+    running = Load(mounted.point, 1)
+    try:
+        yield running
+        running.finish()
+    finally:
+        running.stop()
+
+
+def until(seconds: float, running: Load, what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not running.has_failed():
+        what()
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def compactions(mounted: Mounted) -> int:
+    return mounted.log.read_text().count("compacted ")
+
+
+def test_compaction_while_others_read_and_write(small: Mounted) -> None:
+    small.start(NOW + ",workers=2,compact_rate=1000")
+    with load(small) as running:
+        until(LOAD_S, running, lambda: compact_once(small))
+    assert compactions(small) > 0
+
+
+def test_everybody_is_killed_meanwhile(small: Mounted) -> None:
+    """The maintenance process every 100 ms, and now and then a worker."""
+    small.expected_log += DEATHS
+    small.start(NOW + ",workers=2,compact_rate=1000")
+    chance = random.Random(1)
+
+    def round_of_it() -> None:
+        with compacting(small) as command:
+            for _ in range(chance.randrange(2, 9)):
+                time.sleep(0.1)
+                kill(small.children("maint"))
+                if chance.random() < 0.3:
+                    kill(small.children("worker")[:1])
+            text, _ = command.communicate(timeout=60)
+        assert command.returncode in (EXIT_OK, EXIT_FAILURE, EXIT_BUSY), text
+
+    with load(small) as running:
+        until(LOAD_S, running, round_of_it)
+    wait_until(lambda: compact_once(small, EXIT_FAILURE, EXIT_BUSY) == EXIT_OK, "the last one is left alone")
+    assert "maintenance process" in small.log.read_text()
+    names = os.listdir(small.store / "volumes")
+    assert not [name for name in names if name.endswith(".copy")]
+
+
+def test_nginx_serves_meanwhile(small: Mounted, web_server: Nginx) -> None:
+    small.start(NOW + ",compact_rate=1000")
+    fill(small.point / "served", 40, 30_000)
+    for number in range(40):
+        (small.point / "served" / f"{number}").chmod(0o644)
+    web_server.start()
+    surprises: list[str] = []
+    asked = 0
+    over = threading.Event()
+
+    def ask() -> None:
+        nonlocal asked
+        chance = random.Random(2)
+        while not over.is_set():
+            number = chance.randrange(40)
+            answer = web_server.ask(f"/served/{number}")
+            asked += 1
+            if answer.status != 200 or answer.body != image(number, 30_000):
+                surprises.append(f"{number}: {answer.status}, {len(answer.body)} bytes")
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        for turn in range(4):
+            fill(small.point / "fodder", 60, 30_000, seed=100)
+            for number in range(40):  # the same bytes, elsewhere
+                path = small.point / "served" / f"{number}"
+                if number % 4 == turn:
+                    shutil.copy(path, small.point / "served" / "new")
+                    (small.point / "served" / "new").rename(path)
+            shutil.rmtree(small.point / "fodder")
+            compact_once(small)
+    finally:
+        over.set()
+        thread.join()
+    assert surprises == []
+    assert asked > 20
+    assert compactions(small) > 0
+
+
+# -- what stays small -------------------------------------------------------------------------------------------------
+
+
+def words(mounted: Mounted) -> tuple[int, int]:
+    """Return how many slots and volume rows the table of the daemon has."""
+    assert mounted.process is not None
+    directory = f"/proc/{mounted.process.pid}/fd"
+    for name in os.listdir(directory):
+        if os.readlink(f"{directory}/{name}").startswith("/memfd:imgfs-table"):
+            memory = Memory(os.open(f"{directory}/{name}", os.O_RDWR))
+            try:
+                return memory.words[Word.SLOTS], memory.words[Word.VOLUMES]
+            finally:
+                memory.close()
+    raise AssertionError("the daemon has no table")
+
+
+def test_filled_and_emptied_ten_times_it_is_no_larger(small: Mounted) -> None:
+    small.start(NOW + ",compact_rate=1000")
+    sizes = []
+    for turn in range(10):
+        fill(small.point / "images", 150, 20_000, seed=turn)
+        assert_whole(small.point / "images")
+        shutil.rmtree(small.point / "images")
+        compact_once(small)
+        sizes.append((disk_bytes(small), *words(small)))
+    for before, after in zip(sizes[1], sizes[-1], strict=True):
+        assert after <= before * 1.1 + 64 * KIB * (before > MIB // 8), sizes
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_never_lets_a_write_fail(stopped: Mounted, disk: XfsDisk) -> None:
+    """More is written and deleted than the disk holds, within the time for which it would be kept."""
+    stopped.start("allow_other,retention=86400")
+    with disk.filled_up(leaving=80 * MIB):
+        for turn in range(40):
+            for number in range(4):
+                (stopped.point / f"{number}").write_bytes(image(turn, MIB + turn))
+            for number in range(4):
+                (stopped.point / f"{number}").unlink()
+
+
+@pytest.mark.parametrize("retention", [0, 86_400])
+def test_rm_gives_room_on_a_full_disk(stopped: Mounted, disk: XfsDisk, retention: int) -> None:
+    stopped.start(f"allow_other,retention={retention}")
+    with disk.filled_up(leaving=48 * MIB):
+        count = 0
+        with contextlib.suppress(OSError):
+            while True:
+                (stopped.point / f"{count}").write_bytes(image(count, MIB))
+                count += 1
+        assert count > 10
+        (stopped.point / f"{count}").unlink(missing_ok=True)
+        for number in range(count // 2):
+            (stopped.point / f"{number}").unlink()
+        for number in range(count // 2 - 2):
+            (stopped.point / f"again{number}").write_bytes(image(number, MIB))
+        for number in range(count // 2, count):
+            assert (stopped.point / f"{number}").read_bytes() == image(number, MIB)
+
+
+def test_compact_refuses_where_a_copy_has_no_room(small: Mounted, disk: XfsDisk) -> None:
+    small.start(NOW)
+    fill(small.point / "images", 1500, 3000)
+    for number in range(0, 1500, 2):
+        (small.point / "images" / f"{number}").unlink()
+    with disk.filled_up(leaving=8 * MIB):
+        told = imgfs("compact", "-q", small.store, code=EXIT_NO_SPACE)
+        assert told.count("\n") == 1
+        assert "not enough room" in told
+        small.stop()
+        told = imgfs("compact", "-q", "--retention=0", small.store, code=EXIT_NO_SPACE)
+        assert told.count("\n") == 1
+    small.start(NOW)
+    compact_once(small)
+    assert compactions(small) > 0
+    assert_whole(small.point / "images")
