@@ -81,8 +81,14 @@ def test_df_falls_within_seconds_of_rm(stopped: Mounted) -> None:
         fill(stopped.point / f"stays{size}", 3, size)
         before, shown = disk_bytes(stopped), free_bytes(stopped)
         shutil.rmtree(directory)
-        wait_until(lambda before=before, size=size, count=count: disk_bytes(stopped) < before - 0.8 * size * count, f"{size}: freed")
-        wait_until(lambda shown=shown, size=size, count=count: free_bytes(stopped) > shown + 0.8 * size * count, f"{size}: shown")
+        wait_until(
+            lambda before=before, size=size, count=count: disk_bytes(stopped) < before - 0.8 * size * count,
+            f"{size}: freed",
+        )
+        wait_until(
+            lambda shown=shown, size=size, count=count: free_bytes(stopped) > shown + 0.8 * size * count,
+            f"{size}: shown",
+        )
         stopped.drop_caches()
         assert_whole(stopped.point / f"stays{size}")
 
