@@ -53,7 +53,7 @@ class _Size:
 # Two volumes are sealed, and become one; what is left is in the one that is written to.
 SIZES = {
     "tiny": _Size(200, 1_900_000, 1, 0.1, 400 << 20),
-    "quick": _Size(4_000, 38 * MIB, 1, 0.3, 1 << 30),
+    "quick": _Size(2_000, 19 * MIB, 1, 0.2, 1 << 30),
     "full": _Size(60_000, 550 * MIB, 3, 2.0, 8 << 30),
 }
 
@@ -89,7 +89,7 @@ def run(site: Site, size: str) -> Result:
     result.notes.append(
         f"Latencies: half deleted at random, holes punched, then compacted through the mount, at {_USUAL_MIB:g} MiB/s "
         "(the default) and without a limit, while readers read: each the next image once it has the last. "
-        f"{chosen.rounds} rounds, a percentile for each; without a compaction, as long before and after it. Hot: "
+        f"Rounds: {chosen.rounds}, a percentile for each; without a compaction, as long before and after it. Hot: "
         "everything in memory. Cold: caches dropped before; what compaction has read may be in memory."
     )
     load = os.getloadavg()
