@@ -76,25 +76,18 @@ def assert_whole(directory: Path) -> None:
         check_image(path.read_bytes(), str(path))
 
 
-def test_df_falls_within_seconds_of_rm(stopped: Mounted) -> None:
+@pytest.mark.parametrize(("size", "count"), [(1000, 1500), (50_000, 60), (3 * MIB, 2)])
+def test_df_falls_within_seconds_of_rm(stopped: Mounted, size: int, count: int) -> None:
     """Also of images of which many share a block, and none has one of its own."""
     stopped.start(NOW)
-    for size, count in ((1000, 1500), (50_000, 60), (3 * MIB, 2)):
-        directory = stopped.point / f"{size}"
-        fill(directory, count, size)
-        fill(stopped.point / f"stays{size}", 3, size)
-        before, shown = disk_bytes(stopped), free_bytes(stopped)
-        shutil.rmtree(directory)
-        wait_until(
-            lambda before=before, size=size, count=count: disk_bytes(stopped) < before - 0.8 * size * count,
-            f"{size}: freed",
-        )
-        wait_until(
-            lambda shown=shown, size=size, count=count: free_bytes(stopped) > shown + 0.8 * size * count,
-            f"{size}: shown",
-        )
-        stopped.drop_caches()
-        assert_whole(stopped.point / f"stays{size}")
+    fill(stopped.point / "gone", count, size)
+    fill(stopped.point / "stays", 3, size, seed=count)
+    before, shown = disk_bytes(stopped), free_bytes(stopped)
+    shutil.rmtree(stopped.point / "gone")
+    wait_until(lambda: disk_bytes(stopped) < before - 0.8 * size * count, "the volumes take less")
+    wait_until(lambda: free_bytes(stopped) > shown + 0.8 * size * count, "df shows it")
+    stopped.drop_caches()
+    assert_whole(stopped.point / "stays")
 
 
 def test_what_is_open_is_readable_until_it_is_closed(stopped: Mounted) -> None:
