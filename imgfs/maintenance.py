@@ -94,7 +94,7 @@ class _Maintenance:
         now = time.monotonic()
         asked = self._store.room_asked()
         if asked or now >= self._next_holes:
-            self._try("space is not given back", self._punch)
+            self._try("space is not given back", lambda: self._punch(urgent=asked > 0))
             self._store.answer_room(asked)
             self._next_holes = time.monotonic() + max(_HOLES_S, (time.monotonic() - now) * _HOLES_PART)
         self._pace.rest()
@@ -119,10 +119,10 @@ class _Maintenance:
 
     # -- space ------------------------------------------------------------------------------------------------
 
-    def _punch(self) -> None:
+    def _punch(self, *, urgent: bool) -> None:
         if not self._finished:
             self._finished = self._reclaimer.finish()
-        self._reclaimer.punch()
+        self._reclaimer.punch(urgent=urgent)
 
     def _compact_all(self) -> None:
         if self._manner.live_share <= 0:
@@ -150,7 +150,7 @@ class _Maintenance:
         """Somebody waits for room, and cannot wait until a compaction is done."""
         asked = self._store.room_asked()
         if asked:
-            self._try("space is not given back", self._reclaimer.punch)
+            self._try("space is not given back", lambda: self._reclaimer.punch(urgent=True))
             self._store.answer_room(asked)
 
     def _settle(self) -> bool:
@@ -182,7 +182,9 @@ class _Maintenance:
             return {"error": f"this release cannot {question.get('do')!r}"}
         except Gone:
             raise
-        except (ImgfsError, OSError) as error:
+        except ImgfsError as error:
+            return {"error": str(error), "code": error.exit_code}
+        except OSError as error:
             return {"error": str(error)}
 
     def _compact_now(self, question: Message, tell: Callable[[Message], None]) -> Message:

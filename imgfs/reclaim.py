@@ -130,13 +130,15 @@ class Reclaimer:
 
     # -- holes ------------------------------------------------------------------------------------------------
 
-    def punch(self, *, everything: bool = False) -> Reclaimed:
+    def punch(self, *, everything: bool = False, urgent: bool = False) -> Reclaimed:
         """Punch out what is dead long enough, in volumes that may have any; in all of them with *everything*.
+
+        *urgent*: somebody waits for room, so a shortage is looked into at once, however lately that was done.
 
         Raises:
             DiskFailure: as the disk says.
         """
-        cutoff_s = self._shortage() or self.cutoff_s()
+        cutoff_s = self._shortage(urgent=urgent) or self.cutoff_s()
         now_s = time.time()
         images = live_bytes(self._table.memory)[0]
         chosen = []
@@ -188,10 +190,12 @@ class Reclaimer:
             self._hopeless.add(volume_id)
             log.error("the space of volume %d is not given back: %s", volume_id, error)
 
-    def _shortage(self) -> float:
+    def _shortage(self, *, urgent: bool) -> float:
         """Return the cutoff that gives the disk as much room as it should have, oldest first; 0 if it has."""
         short = self._short_bytes()
-        if short <= 0 or self._limits.retention_s <= 0 or time.monotonic() < self._sweep_again_s:
+        if short <= 0 or self._limits.retention_s <= 0:
+            return 0
+        if time.monotonic() < self._sweep_again_s and not urgent:
             return 0
         self._sweep_again_s = time.monotonic() + _SWEEP_S
         self._looked.clear()

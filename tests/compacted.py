@@ -18,11 +18,11 @@ from imgfs.store import Store
 from imgfs.volume import Gap, Volume
 
 
-def reclaim(store: Store) -> Reclaimed:
-    """Give back all that can be, as the maintenance process does turn by turn."""
+def reclaim(store: Store, *, holes: bool = True) -> Reclaimed:
+    """Give back all that can be, as the maintenance process does turn by turn; without *holes* by copies alone."""
     reclaimer = store.reclaimer()
     reclaimer.finish()
-    done = reclaimer.punch(everything=True)
+    done = reclaimer.punch(everything=True) if holes else Reclaimed()
     while groups := reclaimer.worthwhile(reclaimer.survey()):
         compacted = reclaimer.compact(groups[0])
         done = done._replace(

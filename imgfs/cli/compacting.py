@@ -58,7 +58,7 @@ def compact_command(store_path: str, live_share: float, retention_s: float, dry_
             answer = control.ask(store_path, question, show.told)
     if "error" in answer:
         complain(answer["error"])
-        raise click.exceptions.Exit(EXIT_FAILURE)
+        raise click.exceptions.Exit(answer.get("code", EXIT_FAILURE))
     if not quiet:
         show.table()
         freed = show.gain if dry_run else answer["freed"]
