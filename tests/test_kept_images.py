@@ -153,3 +153,24 @@ def test_who_waits_for_room_does_not_wait_for_the_next_sweep(clock: Clock) -> No
     assert reclaimer.punch().holes == 0, "it was looked into a moment ago"
     assert reclaimer.punch(urgent=True).holes
     assert b"0" not in kept(store)
+
+
+def test_nothing_is_freed_while_somebody_may_be_reading_it() -> None:
+    store = new_store()
+    for number in range(12):
+        put(store, ROOT, b"%d" % number, image(number))
+    for number in range(6):
+        store.unlink(ROOT, b"%d" % number)
+    answered = False
+    reclaimer = store.reclaimer(settle=lambda: answered)
+    assert reclaimer.punch(everything=True).holes == 0
+    old = set(rows_of(store))
+    for group in reclaimer.worthwhile(reclaimer.survey()):
+        assert reclaimer.compact(group).volumes
+    assert old < set(rows_of(store)), "the copy is there, and what it replaces too"
+    assert not reclaimer.finish()
+    assert b"0" in kept(store)
+    answered = True
+    assert reclaimer.finish()
+    assert not old <= set(rows_of(store))
+    assert b"0" not in kept(store)
