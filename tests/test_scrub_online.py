@@ -3,7 +3,10 @@
 What it finds in a store at rest is in test_scrub.py.
 """
 
+import contextlib
+import ctypes
 import json
+import mmap
 import os
 import random
 import re
@@ -11,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from mounted import DEADLINE_S, MIB, PROJECT, Mounted, XfsDisk, failure, imgfs, run, wait_until
@@ -176,7 +180,6 @@ def test_it_sees_the_disk_and_not_what_the_kernel_remembers(mounted: Mounted, di
     content = fill(mounted.point, 20)
     volume, _, data_offset = place(mounted.store, "0003.jpg")
     os.sync()
-    volume.read_bytes()
     extents = re.findall(
         r"^\s*\d+:\s+(\d+)\.\.\s*(\d+):\s+(\d+)\.\.", run("filefrag", "-e", volume), flags=re.MULTILINE
     )
@@ -184,12 +187,30 @@ def test_it_sees_the_disk_and_not_what_the_kernel_remembers(mounted: Mounted, di
     (physical,) = [int(start) + block - int(first) for first, end, start in extents if int(first) <= block <= int(end)]
     device = run("findmnt", "-n", "-o", "SOURCE", disk.path).strip()
     before = volume.read_bytes()
-    flip_on_device(device, physical * 4096 + inside)
-    assert volume.read_bytes() == before
-    assert (mounted.point / "0003.jpg").read_bytes() == content["0003.jpg"]
-    assert "0003.jpg: the data does not match its checksum" in imgfs("scrub", mounted.store, code=EXIT_DAMAGED)
-    flip_on_device(device, physical * 4096 + inside)
-    assert "nothing is damaged" in imgfs("scrub", mounted.store)
+    with kept_in_memory(volume):
+        flip_on_device(device, physical * 4096 + inside)
+        assert volume.read_bytes() == before
+        assert (mounted.point / "0003.jpg").read_bytes() == content["0003.jpg"]
+        assert "0003.jpg: the data does not match its checksum" in imgfs("scrub", mounted.store, code=EXIT_DAMAGED)
+        flip_on_device(device, physical * 4096 + inside)
+        assert "nothing is damaged" in imgfs("scrub", mounted.store)
+
+
+@contextlib.contextmanager
+def kept_in_memory(path: Path) -> Iterator[None]:
+    """Let the kernel keep all of the file at *path* in its memory, whoever wants to drop it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        flags = mmap.MAP_SHARED | 0x2000  # MAP_LOCKED
+        arguments = ctypes.c_size_t(size), mmap.PROT_READ, flags, file.fileno(), ctypes.c_long(0)
+        address = libc.mmap(None, *arguments)
+    assert address != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
+    try:
+        yield
+    finally:
+        libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
 
 
 def flip_on_device(device: str, offset: int) -> None:
