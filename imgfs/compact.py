@@ -23,12 +23,14 @@ from imgfs.disk import Disk
 from imgfs.errors import Damaged, StoreFull, StoreLimit, disk_error
 from imgfs.format import (
     ALIGNMENT,
+    NEEDLE_HEADER_BYTES_MAX,
     NEEDLES_START,
     REPLACES_MAX,
     VOLUME_BYTES_LIMIT,
     Kind,
     Needle,
     VolumeHeader,
+    footer_bytes,
 )
 from imgfs.index import (
     checkpoint,
@@ -304,7 +306,9 @@ class Compaction:
             current = now.live and now.volume == row and now.offset8 == record["offset8"]
         else:
             return False
-        return not current and source.touches_hole(offset, offset + ALIGNMENT + int(record["size"]))
+        size = int(record["size"])
+        end = offset + NEEDLE_HEADER_BYTES_MAX + size + footer_bytes(size)
+        return not current and source.touches_hole(offset, end)
 
     def _copy_needle(
         self,

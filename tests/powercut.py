@@ -277,6 +277,16 @@ class SimulatedDisk(Disk):
                 return start
         return len(data)
 
+    def next_data(self, file: int, offset: int) -> int:
+        data = self._opened(file).file.data
+        while offset < len(data):
+            start = offset // _HOLE_BYTES * _HOLE_BYTES
+            block = data[start : start + _HOLE_BYTES]
+            if len(block) < _HOLE_BYTES or any(block):
+                return offset
+            offset = start + _HOLE_BYTES
+        return len(data)
+
     def prefetch(self, file: int, offset: int, size: int) -> None:
         self._call("prefetch")
         self._opened(file)
@@ -305,9 +315,6 @@ class SimulatedDisk(Disk):
         self._step(f"clone {self._opened(source).path} {opened.path}")
         opened.file.apply(Operation(0, data))
         return True
-
-    def next_data(self, file: int, offset: int) -> int:
-        return min(offset, self.size(file))
 
     def allocated_bytes(self, file: int) -> int:
         return self.size(file)
