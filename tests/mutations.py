@@ -1,160 +1,26 @@
-"""What can become of a store's files: bytes flipped, cut, swapped, spliced; and lies whose checksums are right.
+"""What can become of a store's files: bytes flipped, cut, swapped, spliced.
 
-Owns the mutators, each of which knows the format, and what each is allowed to cost: a `Case` remembers which bytes were
-touched, and what may be read back. Must not know how recovery works.
+Owns the mutators that write no checksums, each of which knows the format, and how often each is due; those that do
+are in lies.py. Must not know how recovery works.
 
 *Concurrency:* none; a case is made from one `Random`, so that its number makes it again.
 """
 
-import struct
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from random import Random
 
-import xxhash
-from crc32c import crc32c
-from damage_model import At
-from snapshots import Attributes, Snapshot
+from cases import STORE, VOLUMES, Case, Mutator, any_file, any_needle, number
 
-from imgfs.errors import ImgfsError
-from imgfs.format import (
-    CHECKSUM,
-    INDEX_RECORD,
-    INDEX_RECORD_BYTES,
-    INDEX_STATE,
-    NEEDLE_HEADER,
-    NEEDLES_START,
-    VOLUME_HEADER,
-    VOLUME_HEADER_COPIES,
-    IndexState,
-    Kind,
-    Needle,
-    Tag,
-    VolumeHeader,
-    aligned,
-    checksums,
-    pack_extras,
-    pack_footer,
-    pack_needle_header,
-    unpack_needle_header,
-    unpack_xattrs,
-)
-from imgfs.index import names_a_name, names_header, pack_name, pack_record
-from imgfs.superblock import Superblock, pack_superblock
-
-STORE = "/store"
-VOLUMES = f"{STORE}/volumes"
-SUPERBLOCK = f"{STORE}/imgfs.json"
-
-
-@dataclass
-class Seed:
-    """A store that is whole, and what may be read from it."""
-
-    name: str
-    files: dict[str, bytes]
-    needles: list[At]
-    headers: dict[str, VolumeHeader]
-    wanted: Snapshot
-    images: dict[int, frozenset[bytes]]
-    """By inode: what was ever written to it as a whole image or link."""
-    attributes: dict[int, frozenset[Attributes]]
-    names: dict[int, frozenset[bytes]]
-
-    def data(self, at: At) -> bytes:
-        part = at.parts()["data"]
-        return self.files[at.path][part.start : part.stop]
-
-
-@dataclass
-class Case:
-    """The files of a store, some of them changed.
-
-    Attributes:
-        touched: (path, start, end) of volumes whose bytes were changed; a needle that is none of them must be served.
-        lying: bytes were written whose checksums are right, so that more than what was touched may be lost.
-        log: what was done, for people.
-    """
-
-    seed: Seed
-    files: dict[str, bytearray]
-    images: dict[int, set[bytes]] = field(default_factory=dict)
-    attributes: dict[int, set[Attributes]] = field(default_factory=dict)
-    touched: list[tuple[str, int, int]] = field(default_factory=list)
-    lying: bool = False
-    rearranged: bool = False
-    """Files of the volumes came, went, or changed their length before the end: only general rules hold."""
-    log: list[str] = field(default_factory=list)
-
-    def touch(self, path: str, start: int, end: int) -> None:
-        if path.endswith(".vol"):
-            self.touched.append((path, start, end))
-
-    def lie(self, needle: Needle, data: bytes) -> None:
-        """Note that *needle* with *data* was written, with right checksums."""
-        self.lying = True
-        if needle.kind in (Kind.FILE, Kind.SYMLINK, Kind.SPECIAL):
-            self.images.setdefault(needle.inode, set()).add(data)
-        if needle.kind == Kind.XATTR:
-            try:
-                told = tuple(sorted(unpack_xattrs(data).items()))
-            except (ImgfsError, struct.error):
-                return
-            self.attributes.setdefault(needle.inode, set()).add(told)
-
-    def spoils(self, path: str, start: int, end: int) -> bool:
-        """Return whether any of these bytes was touched."""
-        return any(where == path and first < end and start < last for where, first, last in self.touched)
-
-    @property
-    def harmless(self) -> bool:
-        """Whether the volumes say what they said, so that nothing may be lost."""
-        return not (self.touched or self.lying or self.rearranged)
-
-
-Mutator = Callable[[Case, Random], None]
-
-_NUMBERS = (0, 1, 2, 7, 8, 0x7F, 0x80, 0xFF, 1 << 15, 0xFFFF, 1 << 24, 1 << 28, (1 << 28) + 1, (1 << 31) - 1, 1 << 31)
-_NUMBERS += ((1 << 32) - 1, 1 << 32, (1 << 32) | 1, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, (1 << 64) - 8)
-_NAMES = (b"", b".", b"..", b"/", b"a/b", b"\0", b"a\0b", b"n" * 255, b"n" * 256, b"\xff\xfe", b"lost+found-1", b"a")
-
-
-def number(random: Random, bits: int) -> int:
-    """Return a number of so many bits at which parsers break."""
-    if random.random() < 0.3:
-        return random.getrandbits(bits)
-    return (random.choice(_NUMBERS) + random.choice((0, 0, 0, 1, -1))) & ((1 << bits) - 1)
-
-
-def _file(case: Case, random: Random, suffix: str = "") -> str:
-    paths = [path for path in sorted(case.files) if path.endswith(suffix)]
-    return random.choice(paths) if paths else ""
-
-
-def current(needles: list[At]) -> dict[int, At]:
-    """Return by inode where its bytes lie, for what has any; a copy of a needle has the same number."""
-    found = sorted(needles, key=lambda at: at.needle.sequence)
-    return {at.needle.inode: at for at in found if at.needle.kind in (Kind.FILE, Kind.SYMLINK)}
-
-
-def _needle(case: Case, random: Random) -> At | None:
-    found = [at for at in case.seed.needles if at.path in case.files and len(case.files[at.path]) >= at.end]
-    if random.random() < 0.5:  # what is still needed
-        found = list(current(found).values()) or found
-    return random.choice(found) if found else None
-
-
-# -- bytes that nobody wrote --------------------------------------------------------------------------------------
+from imgfs.format import INDEX_RECORD_BYTES
 
 
 def flip(case: Case, random: Random) -> None:
     """Flip bits, most often within what a needle or a header says of itself."""
-    at = _needle(case, random)
+    at = any_needle(case, random)
     if at is not None and random.random() < 0.7:
         part = at.parts()[random.choice(("header", "header", "name", "data", "footer"))]
         path, start, end = at.path, part.start, part.stop
     else:
-        path = _file(case, random)
+        path = any_file(case, random)
         start, end = 0, len(case.files.get(path, b""))
     if start >= end:
         return
@@ -167,7 +33,7 @@ def flip(case: Case, random: Random) -> None:
 
 def overwrite(case: Case, random: Random) -> None:
     """Let a block, a sector or a number be something else: zeros, ones, noise."""
-    path = _file(case, random)
+    path = any_file(case, random)
     data = case.files.get(path)
     if not data:
         return
@@ -185,7 +51,7 @@ def overwrite(case: Case, random: Random) -> None:
 
 
 def cut(case: Case, random: Random) -> None:
-    path = _file(case, random)
+    path = any_file(case, random)
     data = case.files.get(path)
     if not data:
         return
@@ -198,10 +64,10 @@ def cut(case: Case, random: Random) -> None:
 
 def append(case: Case, random: Random) -> None:
     """Let a file be longer than what was written."""
-    path = _file(case, random)
+    path = any_file(case, random)
     if not path:
         return
-    other = case.files[_file(case, random)]
+    other = case.files[any_file(case, random)]
     start = random.randrange(len(other) + 1)
     size = random.choice((1, 8, 39, 100, 4096))
     more = random.choice((bytes(size), random.randbytes(size), bytes(other[start : start + size])))
@@ -212,7 +78,7 @@ def append(case: Case, random: Random) -> None:
 
 def shift(case: Case, random: Random) -> None:
     """Take bytes out of a file, or put some in."""
-    path = _file(case, random)
+    path = any_file(case, random)
     data = case.files.get(path)
     if not data:
         return
@@ -228,7 +94,7 @@ def shift(case: Case, random: Random) -> None:
 
 def move_needle(case: Case, random: Random) -> None:
     """Put the bytes of a needle where another lies, in this volume or the next; or let two change places."""
-    one, other = _needle(case, random), _needle(case, random)
+    one, other = any_needle(case, random), any_needle(case, random)
     if one is None or other is None or one is other:
         return
     first, second = case.files[one.path][one.offset : one.end], case.files[other.path][other.offset : other.end]
@@ -242,7 +108,7 @@ def move_needle(case: Case, random: Random) -> None:
 
 def change_index(case: Case, random: Random) -> None:
     """Repeat, drop, swap or replace records, or names."""
-    path = _file(case, random, random.choice((".idx", ".names")))
+    path = any_file(case, random, random.choice((".idx", ".names")))
     data = case.files.get(path)
     if not data:
         return
@@ -262,7 +128,7 @@ def change_index(case: Case, random: Random) -> None:
 
 
 def lose_file(case: Case, random: Random) -> None:
-    path = _file(case, random)
+    path = any_file(case, random)
     if not path:
         return
     case.rearranged |= path.endswith(".vol")
@@ -272,7 +138,7 @@ def lose_file(case: Case, random: Random) -> None:
 
 def swap_files(case: Case, random: Random) -> None:
     """Let a file be what another is, was, or never was."""
-    one, other = _file(case, random), _file(case, random)
+    one, other = any_file(case, random), any_file(case, random)
     if not one:
         return
     case.rearranged |= one.endswith(".vol") or other.endswith(".vol")
@@ -313,301 +179,9 @@ def strangers(case: Case, random: Random) -> None:
         ((VOLUMES, _STRANGERS), (VOLUMES, _STRANGERS), (f"{STORE}/staging", ("0000", "x")))
     )
     path = f"{directory}/{random.choice(names)}"
-    content = random.choice((b"", random.randbytes(50), bytes(case.files[_file(case, random)])))
+    content = random.choice((b"", random.randbytes(50), bytes(case.files[any_file(case, random)])))
     case.files[path] = bytearray(content)
     case.log.append(f"stranger {path!r} of {len(content)}")
-
-
-# -- lies: the checksums are right --------------------------------------------------------------------------------
-
-
-def write_needle(case: Case, path: str, offset: int, needle: Needle, data: bytes) -> bool:
-    """Write *needle* with *data* at *offset* of the volume at *path*; return whether there is such a needle."""
-    header = case.seed.headers.get(path)
-    if header is None:
-        return False
-    try:
-        packed = pack_needle_header(needle, header.seed(), offset)
-        footer = pack_footer(checksums(data), len(data), needle.checksum)
-    except (struct.error, OverflowError):
-        return False
-    whole = packed + data + footer
-    whole += bytes(aligned(len(whole)) - len(whole))
-    case.files[path][offset : offset + len(whole)] = whole
-    case.touch(path, offset, offset + len(whole))
-    case.lie(needle, data)
-    return True
-
-
-def _hostile(needle: Needle, random: Random, case: Case) -> Needle:
-    """Return *needle* with a field or two that nobody would write."""
-    inodes = [each.needle.inode for each in case.seed.needles]
-    for _ in range(random.choice((1, 1, 2, 3))):
-        match random.randrange(16):
-            case 0:
-                needle = replace(needle, kind=random.choice((*range(14), 14, 99, 255)))
-            case 1:
-                needle = replace(needle, flags=random.choice((0, 1, 2, 4, 6, 8, 14, 16, 128, 255)))
-            case 2:
-                needle = replace(needle, sequence=number(random, 64))
-            case 3 | 4:
-                needle = replace(needle, inode=random.choice((number(random, 64), *inodes, 0, 1)))
-            case 5 | 6:
-                needle = replace(needle, parent=random.choice((number(random, 64), *inodes, needle.inode, 0, 1)))
-            case 7:
-                needle = replace(
-                    needle, mtime_ns=number(random, 64) - (1 << 63), ctime_ns=number(random, 64) - (1 << 63)
-                )
-            case 8:
-                needle = replace(needle, durable=number(random, 64))
-            case 9:
-                needle = replace(needle, uid=number(random, 32), gid=number(random, 32))
-            case 10:
-                needle = replace(needle, mode=number(random, 16))
-            case 11:
-                needle = replace(needle, owner=random.choice((number(random, 16), 65535, 0)))
-            case 12 | 13:
-                needle = replace(needle, name=random.choice((*_NAMES, needle.name, random.randbytes(len(needle.name)))))
-            case 14:
-                tag = random.choice((*Tag, 0, 99, 65535))
-                value = random.choice(
-                    (
-                        b"",
-                        b"\1",
-                        number(random, 64).to_bytes(8, "little"),
-                        b"\xff" * 12,
-                        random.randbytes(32),
-                        random.choice(inodes).to_bytes(8, "little"),
-                    )
-                )
-                needle = replace(needle, extras={**needle.extras, tag: value})
-            case 15:
-                state = [number(random, 32) for _ in range(5)]
-                needle = replace(needle, extras={**needle.extras, Tag.CHECKPOINT: INDEX_STATE.pack(*state)})
-    return needle
-
-
-def lying_needle(case: Case, random: Random) -> None:
-    """Change the fields of a needle, and fix its checksums; what lies behind it may be covered by it."""
-    at = _needle(case, random)
-    if at is None:
-        return
-    needle = _hostile(at.needle, random, case)
-    if write_needle(case, at.path, at.offset, needle, case.seed.data(at)):
-        case.log.append(f"lie {at.path} {at.offset}: {at.needle} -> {needle}")
-
-
-def lying_length(case: Case, random: Random) -> None:
-    """Change the lengths that a header tells, and fix its checksum alone."""
-    at = _needle(case, random)
-    if at is None:
-        return
-    data = case.files[at.path]
-    fields = list(NEEDLE_HEADER.unpack_from(data, at.offset))
-    where = random.choice((1, 11, 16))  # header_bytes, data_size, name_bytes
-    fields[where] = number(random, 32 if where == 11 else 16)
-    fixed = NEEDLE_HEADER.pack(*fields)
-    tail = data[at.offset + NEEDLE_HEADER.size + 8 : at.offset + fields[1] + fields[16]]
-    seed = case.seed.headers[at.path].seed()
-    value = xxhash.xxh3_64_intdigest(fixed + bytes(tail), (seed + at.offset) & 0xFFFF_FFFF_FFFF_FFFF)
-    data[at.offset : at.offset + NEEDLE_HEADER.size + 8] = fixed + CHECKSUM.pack(value)
-    case.touch(at.path, at.offset, at.end)
-    case.lying = True
-    told = unpack_needle_header(memoryview(data)[at.offset :], seed, at.offset)
-    if told is not None and not told.data_size:
-        case.lie(told, b"")
-    if told is not None and random.random() < 0.7:  # a footer that fits, so that the data counts
-        start = at.offset + told.data_start
-        body = bytes(data[start : start + told.data_size])
-        if len(body) == told.data_size:
-            footer = pack_footer(checksums(body), len(body), told.checksum)
-            data[start + len(body) : start + len(body) + len(footer)] = footer
-            case.touch(at.path, start, start + len(body) + len(footer))
-            case.lie(told, body)
-    case.log.append(f"length {at.path} {at.offset}: field {where} is {fields[where]}")
-
-
-def lying_attributes(case: Case, random: Random) -> None:
-    """Let the data of an XATTR be no attributes."""
-    found = [
-        at for at in case.seed.needles if at.needle.kind == Kind.XATTR and len(case.files.get(at.path, b"")) >= at.end
-    ]
-    if not found:
-        return
-    at = random.choice(found)
-    data = bytearray(case.seed.data(at))
-    if not data:
-        return
-    where = random.randrange(random.choice((len(data), min(6, len(data)))))
-    data[where] ^= random.randrange(1, 256)
-    if write_needle(case, at.path, at.offset, replace(at.needle), bytes(data)):
-        case.log.append(f"attributes {at.path} {at.offset}")
-
-
-def lying_log(case: Case, random: Random) -> None:
-    """Write the needles of a volume anew: repeated, dropped, in another order, of another volume, with other fields."""
-    path = _file(case, random, ".vol")
-    own = [at for at in case.seed.needles if at.path == path]
-    if not own:
-        return
-    log = [(replace(at.needle), case.seed.data(at)) for at in own]
-    for _ in range(random.choice((1, 1, 2, 4))):
-        if not log:
-            break
-        one, other = random.randrange(len(log)), random.randrange(len(log))
-        match random.randrange(6):
-            case 0:
-                log[one], log[other] = log[other], log[one]
-            case 1:
-                log.insert(one, (replace(log[other][0]), log[other][1]))
-            case 2:
-                del log[one]
-            case 3:
-                at = random.choice(case.seed.needles)
-                log.insert(one, (replace(at.needle), case.seed.data(at)))
-            case 4 | 5:
-                log[one] = _hostile(log[one][0], random, case), log[one][1]
-    _rewrite(case, path, log, index=random.random() < 0.5)
-    case.log.append(f"log {path}: {[(Kind(n.kind).name if n.kind in [*Kind] else n.kind, n.inode) for n, _ in log]}")
-
-
-def _rewrite(case: Case, path: str, log: list[tuple[Needle, bytes]], *, index: bool) -> None:
-    """Make *log* all that the volume at *path* says; with *index* let checkpoints vouch for an index of it."""
-    case.rearranged = True
-    header = case.seed.headers[path]
-    del case.files[path][NEEDLES_START:]
-    records, names = bytearray(), bytearray(names_header(header.volume_id))
-    for needle, data in log:
-        offset = len(case.files[path])
-        if index and needle.kind == Kind.CHECKPOINT and len(needle.extras.get(Tag.CHECKPOINT, b"")) == INDEX_STATE.size:
-            state = IndexState(offset, len(records) // INDEX_RECORD_BYTES, crc32c(records), len(names), crc32c(names))
-            needle.extras = {**needle.extras, Tag.CHECKPOINT: INDEX_STATE.pack(*state)}
-        if needle.durable > offset and needle.durable < 1 << 20:
-            needle.durable = offset
-        if not write_needle(case, path, offset, needle, data):
-            continue
-        name_offset = len(names) if needle.name and names_a_name(needle.kind) else 0
-        try:
-            records += pack_record(needle, offset, name_offset, xxhash.xxh3_64_intdigest(needle.name) & 0xFF_FFFF)
-            names += pack_name(needle.name) if name_offset else b""
-        except (struct.error, OverflowError, ValueError):
-            index = False
-    if index:
-        stem = path.removesuffix(".vol")
-        case.files[stem + ".idx"], case.files[stem + ".names"] = records, names
-
-
-_RECORD_BITS = (8, 32, 32, 32, 32, 32, 63, 32, 16, 32)
-
-
-def lying_index(case: Case, random: Random) -> None:
-    """Change records or names, and fix the checksums that a checkpoint of the volume vouches with."""
-    path = _file(case, random, ".vol")
-    stem = path.removesuffix(".vol")
-    found = [at for at in case.seed.needles if at.path == path and at.needle.kind == Kind.CHECKPOINT]
-    if not found or stem + ".idx" not in case.files or stem + ".names" not in case.files:
-        return
-    at = random.choice(found)
-    state = IndexState(*INDEX_STATE.unpack(at.needle.extras[Tag.CHECKPOINT]))
-    records, names = case.files[stem + ".idx"], case.files[stem + ".names"]
-    if not state.records or len(records) < state.records * INDEX_RECORD_BYTES or len(case.files[path]) < at.end:
-        return
-    for _ in range(random.choice((1, 1, 2, 5))):
-        row = INDEX_RECORD_BYTES * random.randrange(state.records)
-        fields = list(INDEX_RECORD.unpack_from(records, row))
-        which = random.randrange(len(fields) + 2)
-        if which < len(fields):
-            others = [INDEX_RECORD.unpack_from(records, INDEX_RECORD_BYTES * n)[which] for n in range(state.records)]
-            fields[which] = random.choice((number(random, _RECORD_BITS[which]), random.choice(others)))
-            INDEX_RECORD.pack_into(records, row, *fields)
-        elif which == len(fields):
-            other = INDEX_RECORD_BYTES * random.randrange(state.records)
-            records[row : row + INDEX_RECORD_BYTES] = records[other : other + INDEX_RECORD_BYTES]
-        elif len(names) >= state.names_bytes > 16:
-            names[random.randrange(16, state.names_bytes)] = random.choice((0, 47, 255, 1, 46))
-    size = state.records * INDEX_RECORD_BYTES
-    state = state._replace(
-        records_crc=crc32c(bytes(records[:size])), names_crc=crc32c(bytes(names[: state.names_bytes]))
-    )
-    needle = replace(at.needle, extras={**at.needle.extras, Tag.CHECKPOINT: INDEX_STATE.pack(*state)})
-    write_needle(case, at.path, at.offset, needle, b"")
-    case.log.append(f"index lies {stem}, checkpoint at {at.offset}")
-
-
-_HEADER_BITS = (0, 16, 16, 32, 32, 32, 0, 0, 64, 64, 63, 64)
-
-
-def lying_header(case: Case, random: Random) -> None:
-    """Change the header of a volume, one copy or both, and fix the checksum."""
-    path = _file(case, random, ".vol")
-    data = case.files.get(path)
-    if path not in case.seed.headers or data is None or len(data) < NEEDLES_START:
-        return
-    fields = list(VOLUME_HEADER.unpack_from(data))
-    (length,) = fields[2:3]
-    extras = bytes(data[VOLUME_HEADER.size + 8 : length]) if length < 4096 else b""
-    which = random.randrange(13)
-    if which in (6, 7):
-        fields[which] = random.randbytes(16)
-    elif 1 <= which < 12:
-        fields[which] = number(random, _HEADER_BITS[which])
-    else:
-        ids = [header.volume_id for header in case.seed.headers.values()]
-        size = random.choice((0, 7, 8, 16, 40, 48, 60))
-        value = struct.pack("<Q", random.choice(ids)) + random.randbytes(60)
-        extras = pack_extras({random.choice((*Tag, 8, 9, 77)): value[:size]})
-        extras = extras if random.random() < 0.8 else random.randbytes(20)
-    if which != 2:
-        fields[2] = VOLUME_HEADER.size + 8 + len(extras)
-    fixed = VOLUME_HEADER.pack(*fields)
-    copy = fixed + CHECKSUM.pack(xxhash.xxh3_64_intdigest(fixed + extras)) + extras
-    copies = random.choice(
-        (VOLUME_HEADER_COPIES, VOLUME_HEADER_COPIES, VOLUME_HEADER_COPIES[:1], VOLUME_HEADER_COPIES[1:])
-    )
-    for start in copies:
-        data[start : start + len(copy)] = copy
-    case.lying = case.rearranged = True
-    case.touch(path, 0, NEEDLES_START)
-    case.log.append(f"header {path}: field {which}, copies {copies}")
-
-
-def lying_superblock(case: Case, random: Random) -> None:
-    """Let the superblock say something else, with the right checksum."""
-    import json
-
-    fields = json.loads(pack_superblock(Superblock(bytes(16), 10_000)))
-    fields.pop("checksum")
-    key = random.choice((*fields, "more"))
-    values = (
-        None,
-        -1,
-        0,
-        1,
-        2,
-        1 << 80,
-        1e400,
-        "x",
-        "",
-        [],
-        {},
-        True,
-        10_000,
-        "12",
-        1.5,
-        "00000000-0000-0000-0000-000000000000",
-    )
-    fields[key] = random.choice(values)
-    if random.random() < 0.2:
-        fields.pop(random.choice(sorted(fields)))
-    checksum = f"{crc32c(json.dumps(fields, sort_keys=True).encode()):08x}"
-    text = json.dumps(fields | {"checksum": checksum})
-    if random.random() < 0.1:
-        text = random.choice(
-            ("[" * 5000, "[]", "1", "null", '"checksum"', "{}", "1" * 5000, '{"checksum": {}}', "\ufeff{}", "\x00")
-        )
-    case.files[SUPERBLOCK] = bytearray(text.encode())
-    case.lying = case.rearranged = True
-    case.log.append(f"superblock {text[:200]}")
 
 
 PLAIN: dict[Mutator, int] = {
@@ -621,13 +195,4 @@ PLAIN: dict[Mutator, int] = {
     lose_file: 2,
     swap_files: 3,
     strangers: 3,
-}
-LIES: dict[Mutator, int] = {
-    lying_needle: 24,
-    lying_length: 8,
-    lying_attributes: 3,
-    lying_log: 14,
-    lying_index: 12,
-    lying_header: 6,
-    lying_superblock: 2,
 }

@@ -12,9 +12,10 @@ from random import Random
 from unittest.mock import ANY
 
 import pytest
-from fuzzing import Hang, bounded, run, run_bounded, seeds
-from mutations import Seed
+from cases import Seed
+from fuzzing import Hang, bounded, run, run_bounded
 from parsers import PARSERS
+from seeds import seeds
 
 CASES = 120  # in each of the parts, which xdist may run beside each other
 PARTS = 5
@@ -61,7 +62,8 @@ def test_a_number_is_one_case() -> None:
     """... in every process, or a failure could not be looked at again."""
     program = (
         "import sys, hashlib; sys.path[:0] = sys.argv[1:]\n"
-        "from fuzzing import make_case, seeds\n"
+        "from fuzzing import make_case\n"
+        "from seeds import seeds\n"
         "with seeds() as made:\n"
         "    cases = [make_case(made, number)[0] for number in range(50)]\n"
         "    files = [sorted((path, bytes(data)) for path, data in case.files.items()) for case in cases]\n"
