@@ -23,10 +23,10 @@ EXIT_BROKEN_PIPE = 141
 
 EXIT_CODES = {
     EXIT_OK: "done; for check and scrub: the store is clean",
-    EXIT_FAILURE: "failed, or a copy left something out, for the reason on standard error",
+    EXIT_FAILURE: "failed, or a copy or repair left something out, for the reason it printed",
     EXIT_USAGE: "the command line was wrong",
     EXIT_DAMAGED: "damage was found; what is whole is still served",
-    EXIT_REPAIRED: "check: something was rebuilt; nothing is damaged",
+    EXIT_REPAIRED: "check: something was rebuilt or repaired, or is to be; nothing is damaged",
     EXIT_BUSY: "the store or the mountpoint is in use",
     EXIT_NO_STORE: "there is no store at that path",
     EXIT_NEWER_FORMAT: "the store needs a newer release of imgfs",

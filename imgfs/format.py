@@ -68,6 +68,7 @@ class Tag(enum.IntEnum):
     TARGET = 6  # link: the inode it names; delete, rename: the inode that the link that goes has named
     DEVICE = 7  # special file: its device number
     REPLACES = 8  # volume header: ids of the volumes whose needles were copied into this one
+    RESCUED = 9  # put: the sequence number of the needle that a repair copied this from
 
 
 class IndexState(NamedTuple):

@@ -7,10 +7,13 @@ opening.py): an inode's number may be given again. Must not know volumes or how 
 """
 
 import time
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
-from imgfs.format import FLAG_BARE, FLAG_LAST, Kind, Needle, Tag, inode_of, slot_of
+from imgfs.errors import Damaged
+from imgfs.format import FLAG_BARE, FLAG_LAST, PUT_KINDS, Kind, Needle, Tag, inode_of, slot_of
 from imgfs.layout import Flag, Word
 from imgfs.load import linked, live_records, targets
 from imgfs.memory import Memory
@@ -21,13 +24,23 @@ from imgfs.volumes import Volumes
 ROOT = inode_of(0, 0)
 
 
+class Mended(NamedTuple):
+    """What was wrong with an inode that was mended, and the name it had, if it had one."""
+
+    inode: int
+    text: str
+    name: bytes = b""
+    gone: bool = False  # there was nothing left to be kept
+
+
 class Mender:
     """Mends one table while needles are replayed into it, and after.
 
     Attributes:
         lost_directories: inodes of directories that had to be made up.
-        rescued: inodes that got a name under the root.
-        gone: inodes that are lost, or links to such, of which whole needles speak.
+        rescued: inodes that got a name under the root, and why.
+        gone: inodes that are lost, or links to such, of which whole needles speak, and what is told of them.
+        rejected: a needle named an entry of what is no directory, which has no name until `mend`.
     """
 
     def __init__(self, table: Table, volumes: Volumes, *, writable: bool) -> None:
@@ -35,8 +48,9 @@ class Mender:
         self._volumes = volumes
         self._writable = writable
         self.lost_directories: list[int] = []
-        self.rescued: list[int] = []
-        self.gone: list[int] = []
+        self.rescued: dict[int, Mended] = {}
+        self.gone: dict[int, Mended] = {}
+        self.rejected = False
         # Of inodes that are not there, or not yet: where their extended attributes lie, and how many bytes.
         self._unclaimed: dict[int, tuple[Place, int]] = {}
 
@@ -66,7 +80,7 @@ class Mender:
 
     def find_directory(self, inode: int, *, of: int) -> None:
         """Make sure that there is a directory *inode*, in which *of* lies: one that was lost is /lost+found-INODE."""
-        if self._table.is_directory(slot_of(inode)) or of == ROOT:
+        if self._table.is_directory(slot_of(inode)) or of == ROOT or self.is_taken(inode):
             return
         if inode != ROOT:
             self.find_directory(ROOT, of=inode)
@@ -75,6 +89,37 @@ class Mender:
         needle = Needle(Kind.DIRECTORY, inode, ROOT, name, mtime_ns=now_ns, ctime_ns=now_ns)
         self._apply(needle, self._unwritten(name))
         self.lost_directories.append(inode)
+
+    def is_taken(self, directory: int) -> bool:
+        """Return whether something lies in the slot of *directory* that is none and must not be lost by making one."""
+        record = self._table.record(slot_of(directory))
+        return directory != ROOT and record.live and record.kind != Kind.DIRECTORY
+
+    def without_directory(self, needle: Needle) -> list[Needle]:
+        """Return what there is to do of *needle*, which names an entry of what is no directory: all but that."""
+        self.rejected = True
+        if needle.kind != Kind.RENAME:
+            return [replace(needle, parent=0, name=b"")]
+        told = [Needle(Kind.DELETE, needle.inode, ctime_ns=needle.ctime_ns, flags=FLAG_BARE)]
+        replaced = needle.extra_u64(Tag.REPLACED)
+        if replaced:
+            told.append(replace(needle, kind=Kind.DELETE, inode=replaced, name=b""))
+        return told
+
+    def make_way(self, told: list[Needle]) -> list[Needle]:
+        """Return *told* so that what it puts can be put: what is in its slot, and cannot be the same, ends before."""
+        first = told[0]
+        if first.kind not in PUT_KINDS:
+            return told
+        old = self._table.record(slot_of(first.inode))
+        if old.live and (old.kind == Kind.DIRECTORY) != (first.kind == Kind.DIRECTORY):
+            ended = inode_of(slot_of(first.inode), old.generation)
+            told = [Needle(Kind.DELETE, ended, ctime_ns=first.ctime_ns), *told]
+        aim = self._table.record(slot_of(first.extra_u64(Tag.TARGET)))
+        if first.kind == Kind.LINK and aim.live and aim.kind in (Kind.DIRECTORY, Kind.LINK):
+            self.gone[first.inode] = Mended(first.inode, "a further name of what has only one", first.name, gone=True)
+            told = told[:-1]
+        return told
 
     def _unwritten(self, name: bytes) -> Place:
         """Return the place of a needle that says *name* and that a writer has yet to write."""
@@ -86,13 +131,13 @@ class Mender:
     def mend(self) -> None:
         """Make a tree again of what damaged needles left."""
         memory = self._table.memory
+        self.find_directory(ROOT, of=0)
         for slot in unlisted_slots(memory):
             self.link_again(slot)
         self._settle_links()
         self._find_directories(stray_slots(memory))
         for slot in ring_slots(memory):
-            self._rescue(slot)
-        self.find_directory(ROOT, of=0)
+            self._rescue(slot, "it lay in itself")
         self._part_twins()
 
     def _settle_links(self) -> None:
@@ -100,9 +145,9 @@ class Mender:
         counts, lost = count_links(self._table.memory)
         for slot in lost:
             inode = inode_of(slot, self._table.record(slot).generation)
+            self.gone[inode] = Mended(inode, "a further name of what is gone", self._name(slot), gone=True)
             self.link_again(slot)
             self._apply(Needle(Kind.DELETE, inode, ctime_ns=time.time_ns()), Place(0, 0, 0))
-            self.gone.append(inode)
         for slot, links in counts.items():
             with self._table.memory.change():
                 self._table.set_links(slot, links)
@@ -115,22 +160,30 @@ class Mender:
             parent = table.record(record.parent - 1)
             if not record.parent or (parent.live and parent.kind != Kind.DIRECTORY):
                 # Its last link is lost; or its directory was removed after it had left, and the slot was used again.
-                self._rescue(slot)
+                self._rescue(slot, "its directory is none" if record.parent else "it had no name left")
                 continue
             generation = parent.generation + 1 & 0xFF if parent.flags else 0
             self.find_directory(inode_of(record.parent - 1, generation), of=inode_of(slot, record.generation))
             with table.memory.change():
                 table.adopt(slot)
 
-    def _rescue(self, slot: int) -> None:
+    def _name(self, slot: int) -> bytes:
+        """Return the name of what is in *slot*, nothing if it has none or that cannot be read."""
+        record = self._table.record(slot)
+        try:
+            return self._volumes.get(record.name_volume).names.get(record.name_offset)
+        except Damaged:
+            return b""
+
+    def _rescue(self, slot: int, why: str) -> None:
         """Give what is in *slot*, and cannot stay where it is, a name under the root."""
         record = self._table.record(slot)
         inode = inode_of(slot, record.generation)
+        self.rescued.setdefault(inode, Mended(inode, why, self._name(slot)))
         self.find_directory(ROOT, of=inode)
         name = lost_name(inode)
         needle = Needle(Kind.RENAME, inode, ROOT, name, ctime_ns=time.time_ns())
         self._apply(needle, self._unwritten(name))
-        self.rescued.append(inode)
 
     def _part_twins(self) -> None:
         """Let of several entries with one name only the latest keep it.
@@ -145,7 +198,7 @@ class Mender:
             twins.setdefault((record.parent, name), []).append(entry)
         for entries in twins.values():
             for _, _, slot in sorted(entries)[:-1]:
-                self._rescue(slot)
+                self._rescue(slot, "another has its name")
 
     def claim_xattrs(self) -> None:
         """Give extended attributes to inodes that came after them; none may get those of one that is lost."""
@@ -156,7 +209,12 @@ class Mender:
                     ctime_ns = record.ctime_s * 1_000_000_000
                     self._apply(Needle(Kind.XATTR, inode, data_size=size, ctime_ns=ctime_ns), place)
             elif not record.live:
-                self.gone.append(inode)
+                self.gone[inode] = Mended(inode, "extended attributes of what is gone", gone=True)
+
+    def mended(self) -> list[Mended]:
+        """Return all that was mended, one row for each inode."""
+        made = [Mended(inode, "the directory is lost, what lay in it is not") for inode in self.lost_directories]
+        return [*made, *self.rescued.values(), *self.gone.values()]
 
     def _apply(self, needle: Needle, place: Place) -> None:
         with self._table.memory.change():

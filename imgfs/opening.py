@@ -109,11 +109,13 @@ def open_parts(
     writable: bool,
     as_of_ns: int | None = None,
     keep_records: bool = False,
+    thorough: bool = False,
 ) -> Opened:
     """Open the store at *path*; everything but the staging files is as the volumes say when this returns.
 
     With *as_of_ns*, in ns since 1970, it is as it was then, and cannot be *writable*. With *keep_records* the index
-    records of the volumes, 39 bytes for each needle, are kept as well.
+    records of the volumes, 39 bytes for each needle, are kept as well. *thorough*: contradictions are looked for, and
+    mended, also where no bytes are damaged.
 
     Raises:
         NoStore: there is none.
@@ -134,9 +136,11 @@ def open_parts(
         memory = Memory()
         try:
             if writable:
-                opened = _open_locked(path, disk, superblock, settings, memory, lock)
+                opened = _open_locked(path, disk, superblock, settings, memory, lock, thorough=thorough)
             else:
-                opened = _open_to_read(path, disk, superblock, settings, memory, as_of_ns, keep_records=keep_records)
+                opened = _open_to_read(
+                    path, disk, superblock, settings, memory, as_of_ns, keep_records=keep_records, thorough=thorough
+                )
         except BaseException:
             memory.close()
             if lock is not None:
@@ -172,10 +176,17 @@ def attach_parts(
 
 
 def _open_locked(
-    path: str, disk: Disk, superblock: Superblock, settings: Settings, memory: Memory, lock: int | None
+    path: str,
+    disk: Disk,
+    superblock: Superblock,
+    settings: Settings,
+    memory: Memory,
+    lock: int | None,
+    *,
+    thorough: bool,
 ) -> Opened:
     table = Table(memory, hash_seed(superblock.store_id))
-    recovery = Recovery(disk, path, table, superblock.store_id, writable=True)
+    recovery = Recovery(disk, path, table, superblock.store_id, writable=True, thorough=thorough)
     recovery.run()
     writer = Log(disk, f"{path}/{VOLUMES}", superblock, settings, table)
     _resume(writer, recovery, table)
@@ -191,11 +202,14 @@ def _open_to_read(
     as_of_ns: int | None,
     *,
     keep_records: bool,
+    thorough: bool,
 ) -> Opened:
     table = Table(memory, hash_seed(superblock.store_id))
     live_writer = owner(path, disk) is not None
     if as_of_ns is None:
-        recovery = Recovery(disk, path, table, superblock.store_id, writable=False, live_writer=live_writer)
+        recovery = Recovery(
+            disk, path, table, superblock.store_id, writable=False, live_writer=live_writer, thorough=thorough
+        )
     else:
         recovery = AsOf(disk, path, table, superblock.store_id, as_of_ns, live_writer=live_writer)
     recovery.kept = [] if keep_records else None

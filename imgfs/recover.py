@@ -43,7 +43,7 @@ from imgfs.index import (
 )
 from imgfs.layout import VOLUME_SEALED, Word
 from imgfs.load import Loader, rebuild_free_queue, sound_records
-from imgfs.mend import ROOT, Mender
+from imgfs.mend import ROOT, Mended, Mender
 from imgfs.records import Place, VolumeEntry
 from imgfs.table import Table
 from imgfs.volume import Gap, Volume
@@ -88,8 +88,10 @@ class RecoveryReport:
     torn_bytes: int = 0
     torn_needles: int = 0
     replayed_needles: int = 0
+    log_end: int = 0  # of the last volume; what lies behind is torn
     damage: list[Damage] = field(default_factory=list)
     rebuilt: list[str] = field(default_factory=list)
+    mended: list[Mended] = field(default_factory=list)
 
 
 @dataclass
@@ -210,15 +212,28 @@ class Recovery:
     """One pass over the volumes, in the order of their sequence numbers, into an empty table."""
 
     def __init__(
-        self, disk: Disk, root: str, table: Table, store_id: bytes, *, writable: bool, live_writer: bool = False
+        self,
+        disk: Disk,
+        root: str,
+        table: Table,
+        store_id: bytes,
+        *,
+        writable: bool,
+        live_writer: bool = False,
+        thorough: bool = False,
     ) -> None:
-        """*live_writer*: another process appends to the store, so that an unfinished needle at its end is no damage."""
+        """Begin with nothing in the *table*.
+
+        *live_writer*: another process appends to the store, so that an unfinished needle at its end is no damage.
+        *thorough*: look for contradictions also where no bytes are damaged; what came later counts.
+        """
         self._disk = disk
         self._store_id = store_id
         self._directory = f"{root}/{VOLUMES}"
         self._table = table
         self._writable = writable
         self._live_writer = live_writer
+        self._thorough = thorough
         self._loader = Loader(table.memory)
         self.report = RecoveryReport()
         self.volumes = Volumes(disk, self._directory, table)
@@ -230,6 +245,8 @@ class Recovery:
         self._owners: set[int] = set()
         # The index records of each volume, for whoever wants to look back.
         self.kept: list[bytes] | None = None
+        # After the last volume: its id, and the number the next must begin with, 0 where that cannot be known.
+        self._expected = 0, 1
 
     def run(self) -> None:
         """Fill the table and `volumes`.
@@ -248,6 +265,7 @@ class Recovery:
             if self._needs_mending(orphans):
                 self.mender.mend()
             self.mender.claim_xattrs()
+            self.report.mended = self.mender.mended()
         self._settle_root()
         self._table.replaying = False
         rebuild_free_queue(self._table.memory)
@@ -256,7 +274,8 @@ class Recovery:
 
     def _needs_mending(self, orphans: list[int]) -> bool:
         """Return whether needles are missing, now that *orphans* were found and all is replayed."""
-        return bool(orphans or self.report.damage or self.mender.lost_directories)
+        mender = self.mender
+        return bool(orphans or self.report.damage or mender.lost_directories or mender.rejected or self._thorough)
 
     def _settle_root(self) -> None:
         """Make sure that there is a root, also where no volume is left; a writer writes one."""
@@ -324,8 +343,30 @@ class Recovery:
     def _load_all(self, found: list[Volume]) -> None:
         """Load the volumes *found*, which are in order."""
         ends = previous_ends(found)
+        if self._unreadable():
+            self._expected = 0, 0
         for number, volume in enumerate(found):
+            self._miss_before(volume, found)
             self._load(volume, ends.get(volume.header.volume_id), last=number == len(found) - 1)
+
+    def _miss_before(self, volume: Volume, found: list[Volume]) -> None:
+        """Note it if a volume is missing before *volume*; *found* are those that can be read."""
+        header, (last_id, expected) = volume.header, self._expected
+        ids = [each.header.volume_id for each in found]
+        # Of a volume that was compacted nobody may speak any more.
+        compacted = any(each.header.replaces for each in found)
+        missing = min(last_id + 1, header.volume_id)
+        if expected and header.first_sequence > expected:
+            text = f"missing: no volume has the needles with numbers {expected} to {header.first_sequence - 1}"
+        elif header.previous and header.previous.volume_id not in ids and not (compacted or self._unreadable()):
+            missing, text = header.previous.volume_id, f"missing: volume {header.volume_id} goes on where it ended"
+        else:
+            return
+        self.report.damage.append(Damage(missing, 0, 0, text + "; put its file back"))
+
+    def _unreadable(self) -> bool:
+        """Return whether a file is there whose header cannot be read: it may be any volume that is missed."""
+        return any(damage.offset == 0 and damage.length for damage in self.report.damage)
 
     # -- one volume -------------------------------------------------------------------------------------------
 
@@ -379,11 +420,15 @@ class Recovery:
             if not sealed and not short and previous is None and not self._is_damaged_at(header.volume_id, size):
                 text = "the volume was cut short: it does not end with a seal"
                 self.report.damage.append(Damage(header.volume_id, size, 0, text))
+        # Behind a seal no number is missing, but where a compaction left out the last needles.
+        known = sealed and not header.replaces and not self._unreadable()
+        self._expected = header.volume_id, survey.next_sequence if known else 0
         self._loader.add(bytes(index.records[: settled * INDEX_RECORD_BYTES]), entry)
         self.volumes.add(entry, OpenVolume(volume, self._settle_index(index, paths, records, names)))
         if self.kept is not None:
             self.kept.append(bytes(index.records))
         if last:
+            self.report.log_end = survey.end
             self.tail = Tail(
                 volume.path,
                 entry,
@@ -469,14 +514,21 @@ class Recovery:
                 self.report.damage.append(Damage(volume_id, offset, needle.length, text, needle.inode))
 
     def _apply(self, needle: Needle, place: Place) -> None:
-        if names_a_name(needle.kind) and needle.parent:
+        named = names_a_name(needle.kind) and needle.parent
+        if named:
             self.mender.find_directory(needle.parent, of=needle.inode)
-        if self.report.damage:
+        if self.report.damage or self._thorough:
             for inode in (needle.inode, needle.extra_u64(Tag.REPLACED), needle.extra_u64(Tag.TARGET)):
                 self.mender.link_again(slot_of(inode))
         self.mender.note_xattrs(needle, place)
+        told = [needle]
+        if named and self.mender.is_taken(needle.parent):
+            told = self.mender.without_directory(needle)
+        if self._thorough:
+            told = self.mender.make_way(told)
         with self._table.memory.change():
-            self._table.apply(needle, place)
+            for each in told:
+                self._table.apply(each, place)
 
 
 def previous_ends(volumes: Iterable[Volume]) -> dict[int, PreviousEnd]:

@@ -16,6 +16,7 @@ from typing import Self
 from imgfs.atimes import AccessTimes
 from imgfs.check import Checked, check_volumes, judge, may_need
 from imgfs.compact import Compaction
+from imgfs.contradictions import contradictions
 from imgfs.disk import Buffer, Disk
 from imgfs.errors import IsADirectory
 from imgfs.format import ALIGNMENT, Kind, seconds, slot_of
@@ -242,6 +243,10 @@ class Store(Xattrs):
                     return True
                 return may_need(self._table, entry, IndexRow(Kind.FILE, inode, offset))
         return False
+
+    def contradictions(self) -> list[str]:
+        """Return what a repair would put right though no bytes are damaged, a line for each kind; as `check`."""
+        return contradictions(self._table, self._volumes)
 
     def usage(self) -> Usage:
         """Return what tells live bytes of the volumes from dead ones; the store is open for reading."""

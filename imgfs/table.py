@@ -52,6 +52,8 @@ _TIMES = struct.Struct("<qI")  # mtime and ctime, next to each other in a record
 _KIND = int(Flag.KIND)
 # A freed slot that a handle still needs goes to the end of the queue; after so many a new slot is taken.
 _ROTATIONS_MAX = 16
+# What has one name only: a link to such is one that a volume tells of which contradicts itself.
+_NOT_LINKED = (Kind.DIRECTORY, Kind.LINK)
 _COUNTS = {
     Kind.FILE: Word.FILES,
     Kind.SPECIAL: Word.FILES,
@@ -176,7 +178,7 @@ class Table(Owners):
                 self._put(needle, place)
             case Kind.LINK:
                 aim = self.record(slot_of(needle.extra_u64(Tag.TARGET)))
-                if aim.live and aim.kind in (Kind.DIRECTORY, Kind.LINK):
+                if aim.live and aim.kind in _NOT_LINKED:
                     raise Damaged(f"inode {needle.inode:#x} is a further name of what can have only one")
                 if self._put(needle, place):
                     self._count_link(needle.extra_u64(Tag.TARGET), 1, needle.ctime_ns)
@@ -280,7 +282,7 @@ class Table(Owners):
         """Note that *inode* got or lost a link at *now_ns*."""
         slot = slot_of(inode)
         record = self.record(slot)
-        if not record.live or record.generation != inode >> 32:
+        if not record.live or record.generation != inode >> 32 or record.kind in _NOT_LINKED:
             return
         if by:
             self.set_links(slot, max(0, self.rare.get(slot, record.generation).links + by))

@@ -6,13 +6,14 @@ import stat
 from collections.abc import Callable, Iterator
 
 import pytest
-from stores import abandon_all, disk_of, killed, new_store, open_store, put, read_all, reopened
+from stores import PATH, abandon_all, disk_of, killed, new_store, open_store, put, read_all, reopened
 
 from imgfs.compact import Keep
 from imgfs.errors import ImgfsError
 from imgfs.format import Kind
 from imgfs.layout import VOLUME_GONE, Word
 from imgfs.needed import NEVER_S
+from imgfs.repair import Repair
 from imgfs.store import ROOT, Store
 
 Shown = dict[bytes, tuple[object, ...]]
@@ -151,7 +152,13 @@ def test_nothing_changes(seed: int) -> None:
         store = again(store)
         assert shown(store) == before, again.__name__
         assert not store.report.damage
+        assert store.contradictions() == []
         assert not [found for found in store.check() if hasattr(found, "text")]
+    store.close()
+    repair = Repair(PATH, disk_of(store), store.settings)
+    with repair.run() as store:
+        assert shown(store) == before
+    assert (repair.done, repair.left) == ([], [])
     assert compacted > 3
     assert punched > 0
 

@@ -16,14 +16,15 @@ from imgfs.check import Checked
 from imgfs.cli.copying import quiet_option
 from imgfs.cli.opening import damage_line
 from imgfs.cli.progress import Progress, rate
-from imgfs.cli.text import binary_size, complain, counted, echo, parse_size, path_argument
+from imgfs.cli.text import binary_size, complain, counted, echo, one_line, parse_size, path_argument
 from imgfs.disk import Disk
-from imgfs.errors import EXIT_DAMAGED, EXIT_REPAIRED, Busy, DiskFailure, InvalidArgument
+from imgfs.errors import EXIT_DAMAGED, EXIT_FAILURE, EXIT_REPAIRED, Busy, DiskFailure, InvalidArgument
 from imgfs.known_damage import note_check
 from imgfs.mountpoint import FILESYSTEM_TYPE, canonical, find
 from imgfs.opening import VOLUME_BYTES_MAX, VOLUME_BYTES_MIN
 from imgfs.rebuild import remove_index
 from imgfs.recover import Damage
+from imgfs.repair import Repair
 from imgfs.settings import Settings
 from imgfs.store import Store, make_store
 
@@ -68,17 +69,31 @@ def _check_place(path: str) -> None:
 @click.command("check")
 @path_argument("store_path", "STORE")
 @quiet_option
-def check_command(store_path: str, quiet: bool) -> None:
+@click.option("--repair", is_flag=True, help="Put right what can be, and say what was done.")
+@click.option("-n", "--dry-run", is_flag=True, help="With --repair: say what is to be done, and change nothing.")
+@click.option("-y", "--yes", is_flag=True, help="With --repair: do not ask before bytes are cut away.")
+def check_command(store_path: str, quiet: bool, repair: bool, dry_run: bool, yes: bool) -> None:
     """Read all of STORE and verify every checksum, and that every image is where the store looks for it.
 
     Index files that are missing or wrong are made anew. A store that is mounted is read beside its daemon, and not
     repaired. The exit code is 0 for a clean store, 4 if something was repaired, 3 if something is damaged; then a
     line names each damaged place and its image.
 
+    With --repair, names, directories and slots that contradict each other are put right too, in favour of what came
+    later: what has no place any more goes to lost+found in the top directory. Damaged copies of headers are written
+    again, and what lies behind the end of a volume is cut away. The store must not be mounted. Nothing that is whole
+    is lost, and you are asked before other bytes are.
+
     \b
-    Example:
+    Examples:
       imgfs check /srv/photos.imgfs
+      imgfs check --repair --dry-run /srv/photos.imgfs
     """
+    if (dry_run or yes) and not repair:
+        raise click.UsageError("--dry-run and --yes belong to --repair")
+    if repair:
+        _repair(store_path, quiet=quiet, dry_run=dry_run, yes=yes)
+        return
     with _open_to_check(store_path) as store:
         report = store.report
         for path in report.rebuilt:
@@ -86,10 +101,40 @@ def check_command(store_path: str, quiet: bool) -> None:
         if report.torn_bytes:
             complain(f"{report.torn_bytes:,} bytes were torn by a crash before they were durable, and are left out")
         damaged = _check(store, quiet=quiet)
-    if damaged:
+        contradictions = store.contradictions()
+        for text in contradictions:
+            complain(f"contradictory: {text}; imgfs check --repair puts that right")
+    if damaged or contradictions:
         raise click.exceptions.Exit(EXIT_DAMAGED)
     if report.rebuilt:
         raise click.exceptions.Exit(EXIT_REPAIRED)
+
+
+def _repair(path: str, *, quiet: bool, dry_run: bool, yes: bool) -> None:
+    """Repair the store at *path*, show what was done, check what is there then, and end with an exit code."""
+
+    def tell(text: str) -> None:
+        echo(one_line(f"{'to do' if dry_run else 'done'}: {text}"))
+
+    repair = Repair(path, dry_run=dry_run, agree=lambda text: yes or _agreed(text), tell=tell)
+    with repair.run() as store:
+        damaged = _check(store, quiet=quiet, note=not dry_run)
+    for text in repair.left:
+        echo(one_line(f"left as it is: {text}"))
+    if not repair.done and not repair.left and not quiet:
+        echo("there is nothing to repair")
+    if damaged:
+        raise click.exceptions.Exit(EXIT_DAMAGED)
+    if repair.left:
+        raise click.exceptions.Exit(EXIT_FAILURE)
+    if repair.done:
+        raise click.exceptions.Exit(EXIT_REPAIRED)
+
+
+def _agreed(text: str) -> bool:
+    """Ask whether to do what *text* says; who cannot answer says no."""
+    click.echo(one_line(f"imgfs: {text}? [y/N] "), err=True, nl=False)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _open_to_check(path: str) -> Store:
@@ -105,8 +150,8 @@ def _open_to_check(path: str) -> Store:
     return Store.open(path, writable=False)
 
 
-def _check(store: Store, *, quiet: bool) -> int:
-    """Check the open store, show it, and return how many places are damaged."""
+def _check(store: Store, *, quiet: bool, note: bool = True) -> int:
+    """Check the open store, show it, and return how many places are damaged; *note*: they become the known ones."""
     needles = volume_bytes = 0
     began_ns = time.time_ns()
     found: dict[tuple[str, int], Damage] = {}
@@ -127,8 +172,9 @@ def _check(store: Store, *, quiet: bool) -> int:
         for damage in store.report.damage:
             tell(damage)
         seconds = progress.seconds
-    with suppress(OSError):  # a store that may only be read keeps no list
-        note_check(store, found.values(), began_ns, Disk())
+    if note:
+        with suppress(OSError):  # a store that may only be read keeps no list
+            note_check(store, found.values(), began_ns, Disk())
     if not quiet:
         result = f"{counted(len(found), 'damaged place')}" if found else "nothing is damaged"
         speed = rate(needles, "needle", volume_bytes, seconds)
