@@ -18,7 +18,7 @@ from bench.measure import per_system, read_files, rounds, say, together
 from bench.result import Result
 from bench.site import Failed, Site, XfsDisk, drop_caches, imgfs
 from bench.trees import make_tree
-from imgfs.recover import VOLUMES
+from imgfs.volumes import VOLUMES
 
 _IMAGE_BYTES = 20_000
 _READERS = (1, 4)

@@ -24,9 +24,9 @@ from bench.site import run as run_command
 from bench.trees import make_tree
 from imgfs import control
 from imgfs.options import MountOptions
-from imgfs.recover import VOLUMES
 from imgfs.settings import MIB, Settings
 from imgfs.store import Store
+from imgfs.volumes import VOLUMES
 
 _IMAGE_BYTES = 20_000
 _NEIGHBOURS = 50  # images deleted one after the other, where they are not deleted at random

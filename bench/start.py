@@ -11,8 +11,8 @@ from bench.result import Result
 from bench.site import Site, drop_caches
 from bench.stores import large_store
 from imgfs.rebuild import remove_index
-from imgfs.recover import VOLUMES
 from imgfs.store import ROOT, Store
+from imgfs.volumes import VOLUMES
 
 _DIRECTORIES = 1000
 

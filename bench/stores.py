@@ -35,10 +35,9 @@ from imgfs.format import (
 )
 from imgfs.index import checkpoint, empty_state, index_paths, names_a_name, names_header, pack_name, pack_record
 from imgfs.opening import ROOT, STAGING, SUPERBLOCK
-from imgfs.recover import VOLUMES
 from imgfs.settings import MIB
 from imgfs.superblock import Superblock, new_superblock, pack_superblock
-from imgfs.volumes import volume_path
+from imgfs.volumes import VOLUMES, volume_path
 
 # A volume of so many bytes has as many of these needles as one of 1 GiB has of images of 20 KB: 55,000.
 VOLUME_BYTES = 8 * MIB

@@ -22,7 +22,8 @@ from imgfs.format import ALIGNMENT, INDEX_RECORD_BYTES, NEEDLES_START, Kind, Nee
 from imgfs.index import Names, checkpoint_state, state_of
 from imgfs.load import INDEX_RECORDS
 from imgfs.records import VolumeEntry
-from imgfs.recover import Damage, Recovery, Tail, previous_ends
+from imgfs.recover import Recovery, Tail, previous_ends
+from imgfs.survey import Damage
 from imgfs.table import Table
 from imgfs.volume import Volume
 from imgfs.volumes import OpenVolume

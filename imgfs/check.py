@@ -19,7 +19,7 @@ from imgfs.index_reading import IndexReading, IndexRow
 from imgfs.layout import RARE_AT, RECORDS_AT, VOLUME_GONE, Flag, Word
 from imgfs.load import RARE_ENTRIES, RECORDS
 from imgfs.reading import POINTED_AT, Bad, VolumeReading
-from imgfs.recover import Damage
+from imgfs.survey import Damage
 from imgfs.table import Table
 from imgfs.volumes import Volumes
 

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from imgfs.disk import Disk
 from imgfs.errors import ImgfsError
 from imgfs.lost_image import find_inode, path_of
-from imgfs.recover import Damage
 from imgfs.store import Store
+from imgfs.survey import Damage
 
 log = logging.getLogger(__name__)
 

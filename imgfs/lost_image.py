@@ -18,9 +18,8 @@ from imgfs.errors import ImgfsError
 from imgfs.format import ALIGNMENT, INDEX_RECORD_BYTES, Kind, hash_seed, inode_of, name_hash, slot_of
 from imgfs.index import Names, index_paths
 from imgfs.load import INDEX_RECORDS
-from imgfs.recover import VOLUMES
 from imgfs.store import Spot, Store
-from imgfs.volumes import SUFFIX, volume_path
+from imgfs.volumes import SUFFIX, VOLUMES, volume_path
 
 _IMAGES = (Kind.FILE, Kind.SYMLINK)
 

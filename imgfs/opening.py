@@ -23,12 +23,12 @@ from imgfs.layout import Word
 from imgfs.log import Log
 from imgfs.memory import Memory
 from imgfs.mend import Mender, lost_name
-from imgfs.recover import VOLUMES, Recovery, RecoveryReport
+from imgfs.recover import Recovery, RecoveryReport
 from imgfs.settings import KIB, Settings
 from imgfs.superblock import Superblock, new_superblock, pack_superblock, unpack_superblock
 from imgfs.table import Table
 from imgfs.volume import Volume
-from imgfs.volumes import SUFFIX, Volumes
+from imgfs.volumes import SUFFIX, VOLUMES, Volumes
 
 log = logging.getLogger(__name__)
 

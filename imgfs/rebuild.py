@@ -8,7 +8,7 @@ Owns which files are derived. Must not know what is in them.
 from imgfs.disk import Disk
 from imgfs.errors import Busy, NoStore, disk_error
 from imgfs.opening import owner, try_lock
-from imgfs.recover import VOLUMES
+from imgfs.volumes import VOLUMES
 
 _DERIVED = (".idx", ".names")
 

@@ -31,11 +31,10 @@ from imgfs.layout import Word
 from imgfs.log import SMALL_BYTES
 from imgfs.mend import Mended, ends, lost_name
 from imgfs.opening import ROOT, SUPERBLOCK, open_parts, owner
-from imgfs.recover import VOLUMES
 from imgfs.settings import Settings
 from imgfs.store import Store
 from imgfs.volume import Gap, Volume
-from imgfs.volumes import SUFFIX
+from imgfs.volumes import SUFFIX, VOLUMES
 
 LOST_AND_FOUND = b"lost+found"
 _HEADER_BYTES = VOLUME_HEADER_COPIES[1]

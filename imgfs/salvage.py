@@ -25,10 +25,9 @@ from imgfs.format import (
     unpack_footer,
 )
 from imgfs.lost_image import find_inode
-from imgfs.recover import VOLUMES
 from imgfs.store import Spot, Store
 from imgfs.volume import Volume
-from imgfs.volumes import volume_path
+from imgfs.volumes import VOLUMES, volume_path
 
 # Fields of a needle's header.
 _HEADER_BYTES, _NAME_BYTES = 1, -1

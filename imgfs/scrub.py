@@ -24,12 +24,12 @@ from imgfs.index_reading import IndexReading
 from imgfs.known_damage import SCRUB_LOCK, KnownDamage, path_in
 from imgfs.opening import SUPERBLOCK, owner
 from imgfs.reading import VolumeReading
-from imgfs.recover import VOLUMES, Damage
 from imgfs.scrub_state import Round, State, read_state, write_state
 from imgfs.store import Store
 from imgfs.superblock import unpack_superblock
+from imgfs.survey import Damage
 from imgfs.volume import Gap, Volume
-from imgfs.volumes import SUFFIX, volume_path
+from imgfs.volumes import SUFFIX, VOLUMES, volume_path
 
 DEFAULT_RATE_BYTES_S = 50 << 20
 # A scrub that is killed reads so much again, at most.

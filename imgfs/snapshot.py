@@ -19,11 +19,10 @@ from imgfs.errors import Busy, Damaged, DiskFailure, Exists, InvalidArgument, St
 from imgfs.format import NEEDLES_START
 from imgfs.index import index_paths
 from imgfs.opening import LOCK, STAGING, SUPERBLOCK, find_store
-from imgfs.recover import VOLUMES
 from imgfs.store import Store
 from imgfs.superblock import pack_superblock
 from imgfs.volume import Gap, Volume
-from imgfs.volumes import SUFFIX
+from imgfs.volumes import SUFFIX, VOLUMES
 
 # Behind the name of a snapshot that is not whole yet.
 UNFINISHED = ".imgfs-snapshot"

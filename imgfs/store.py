@@ -29,14 +29,15 @@ from imgfs.opening import ROOT, Opened, attach_parts, make_store, open_parts, ow
 from imgfs.reading import VolumeReading
 from imgfs.reclaim import Limits, Reclaimer
 from imgfs.records import Record
-from imgfs.recover import VOLUMES, Damage
 from imgfs.requests import NOBODY, Request
 from imgfs.retention import emptied_ns
 from imgfs.settings import Settings
 from imgfs.staging import DIRTY, Staged
+from imgfs.survey import Damage
 from imgfs.tree import PERMISSIONS
 from imgfs.usage import Usage
 from imgfs.view import Attr, Counts, Entry, Location, Space, Spot
+from imgfs.volumes import VOLUMES
 from imgfs.xattrs import Xattrs
 
 __all__ = ["PERMISSIONS", "ROOT", "Attr", "Counts", "Entry", "Location", "Space", "Spot", "Store", "make_store"]

@@ -17,6 +17,8 @@ from imgfs.plausible import NUMBER_MAX
 from imgfs.table import Table
 from imgfs.volume import Volume
 
+# The directory of a store that holds them, and what their names end with.
+VOLUMES = "volumes"
 SUFFIX = ".vol"
 
 

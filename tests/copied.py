@@ -11,9 +11,9 @@ from powercut import SimulatedDisk
 from stores import PATH, TINY, new_store, put, tree
 
 from imgfs.cloning import Reflink
-from imgfs.recover import Damage
 from imgfs.snapshot import take_snapshot
 from imgfs.store import ROOT, Store
+from imgfs.survey import Damage
 
 TARGET = "/snapshot"
 BOTH = pytest.mark.parametrize("reflink", [Reflink.ALWAYS, Reflink.NEVER])

@@ -19,9 +19,9 @@ from workloads import random_operations, small_images
 
 from imgfs.errors import Damaged
 from imgfs.format import FLAG_BARE, FLAG_LAST, PUT_KINDS, Kind, Needle, Tag, footer_bytes, slot_of, unpack_xattrs
-from imgfs.recover import Damage
 from imgfs.settings import Settings
 from imgfs.store import ROOT, Store
+from imgfs.survey import Damage
 
 SOAK = bool(os.environ.get("IMGFS_SOAK"))
 LOST = b"lost+found-"

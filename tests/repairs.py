@@ -12,9 +12,9 @@ from powercut import SimulatedDisk
 from snapshots import Snapshot, assert_same, snapshot
 
 from imgfs.format import inode_of
-from imgfs.recover import Damage
 from imgfs.repair import Repair
 from imgfs.store import ROOT, Store
+from imgfs.survey import Damage
 
 # Those of `clean`: a directory, two images, a link; and one that it does not use.
 D, E, F, G, H = (inode_of(slot, 0) for slot in (1, 2, 3, 4, 5))

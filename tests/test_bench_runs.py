@@ -15,9 +15,9 @@ from bench.needles import image_data, image_name
 from bench.result import Result, put_into
 from bench.stores import make_large_store
 from imgfs.check import check_volumes
-from imgfs.recover import Damage
 from imgfs.settings import MIB
 from imgfs.store import ROOT, Store
+from imgfs.survey import Damage
 
 PROJECT = Path(__file__).parent.parent
 DEADLINE_S = 100.0

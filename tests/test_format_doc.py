@@ -24,9 +24,9 @@ from imgfs.format import (
 )
 from imgfs.known_damage import KnownDamage
 from imgfs.records import Record
-from imgfs.recover import Damage
 from imgfs.staging import Staged
 from imgfs.superblock import new_superblock, pack_superblock
+from imgfs.survey import Damage
 
 LINES = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8").splitlines()
 TITLE = re.compile(r"Struct: (`\w+`(?: \+ `\w+`)*), (\d+) bytes")

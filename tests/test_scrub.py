@@ -15,10 +15,10 @@ from store_parts import FailingDisk, Part, flip, parts_of, put
 from imgfs.check import Checked
 from imgfs.direct import BLOCK_BYTES, DirectDisk, RateLimit
 from imgfs.errors import EXIT_DAMAGED, EXIT_REPAIRED, Busy, NoStore
-from imgfs.recover import Damage
 from imgfs.scrub import Scrub
 from imgfs.scrub_state import PROGRESS, read_state
 from imgfs.store import ROOT, Store
+from imgfs.survey import Damage
 
 FLIPS = 40 * int(os.environ.get("IMGFS_SOAK", "1"))
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from store_parts import SETTINGS, flip, parts_of, put
 
-from imgfs.recover import Damage
 from imgfs.scrub import Scrub
 from imgfs.store import ROOT, Store, make_store
+from imgfs.survey import Damage
 
 
 def test_holes_are_no_damage_and_hide_none(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from mounted import DEADLINE_S, MIB, PROJECT, Mounted, XfsDisk, failure, imgfs, 
 from imgfs.check import Checked
 from imgfs.disk import Disk
 from imgfs.errors import EXIT_BUSY, EXIT_DAMAGED
-from imgfs.recover import Damage
 from imgfs.scrub import Scrub
 from imgfs.scrub_state import read_state
+from imgfs.survey import Damage
 
 DISK = Disk()
 

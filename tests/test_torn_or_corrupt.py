@@ -28,9 +28,9 @@ from workloads import names_and_attributes
 
 from imgfs.errors import Damaged
 from imgfs.format import PUT_KINDS, Kind, Needle
-from imgfs.recover import Damage
 from imgfs.settings import Settings
 from imgfs.store import ROOT
+from imgfs.survey import Damage
 from imgfs.volume import Volume
 
 # What the table points at.

@@ -18,11 +18,11 @@ from imgfs.cli.progress import Progress, rate
 from imgfs.cli.text import counted, echo, not_empty, parse_size, path_argument
 from imgfs.errors import EXIT_DAMAGED, Exists, NotFound
 from imgfs.lost_image import find_inode, find_path
-from imgfs.recover import Damage
 from imgfs.salvage import salvage
 from imgfs.scrub import DEFAULT_RATE_BYTES_S, Scrub
 from imgfs.settings import MIB
 from imgfs.store import Store
+from imgfs.survey import Damage
 
 _LOWEST_NICE = 19
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from imgfs.cli.text import complain
 from imgfs.errors import ImgfsError
-from imgfs.recover import Damage
 from imgfs.store import Store
+from imgfs.survey import Damage
 
 # So many damaged places are named one by one; `imgfs check` names them all.
 _NAMED_MAX = 10

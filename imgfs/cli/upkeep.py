@@ -23,10 +23,10 @@ from imgfs.known_damage import note_check
 from imgfs.mountpoint import FILESYSTEM_TYPE, canonical, find
 from imgfs.opening import VOLUME_BYTES_MAX, VOLUME_BYTES_MIN
 from imgfs.rebuild import remove_index
-from imgfs.recover import Damage
 from imgfs.repair import Repair
 from imgfs.settings import Settings
 from imgfs.store import Store, make_store
+from imgfs.survey import Damage
 
 
 def _volume_size(text: str) -> int:
