@@ -74,7 +74,7 @@ def test_large_store_is_a_store(directories: int, tmp_path: Path, capsys: pytest
             store.release(handle)
         assert sum(1 for _ in store.list(ROOT)) == (directories if directories > 1 else images)
     with Store.open(str(path)) as store:
-        assert not [row for row in check_volumes(store._table, store._volumes) if isinstance(row, Damage)]
+        assert not [row for row in check_volumes(store._table, store._volumes, store._disk) if isinstance(row, Damage)]
         inode = store.put(ROOT, b"one more", b"x", 1, mode=0o600, uid=0, gid=0, mtime_ns=0)
     with Store.open(str(path)) as store:
         assert store.lookup(ROOT, b"one more") == inode
