@@ -137,13 +137,13 @@ def _paths(store: Store, directory: int = ROOT) -> Iterator[tuple[int, bytes, in
 def test_nothing_changes(seed: int) -> None:
     changes, pick = Changes(seed), random.Random(-seed - 1)
     store = new_store()
-    compacted = punched = 0
+    compacted = 0
     for _ in range(14):
         for _ in range(30):
             changes.one(store)
         before = shown(store)
         if pick.random() < 0.5:
-            punched += store.reclaimer().punch(everything=True).hole_bytes
+            store.reclaimer().punch(everything=True)
             assert shown(store) == before
         if pick.random() < 0.7:
             compacted += changes.compact(store)
@@ -159,8 +159,17 @@ def test_nothing_changes(seed: int) -> None:
     with repair.run() as store:
         assert shown(store) == before
     assert (repair.done, repair.left) == ([], [])
-    assert compacted > 3
-    assert punched > 0
+    assert compacted
+
+
+def test_what_is_deleted_is_punched_out() -> None:
+    store = new_store()
+    for number in range(10):
+        put(store, ROOT, b"%d" % number, b"x" * 5000)
+    for number in range(1, 9):
+        store.unlink(ROOT, b"%d" % number)
+    assert store.reclaimer().punch().hole_bytes > 7 * 4096
+    assert shown(rebuilt(store)).keys() == {b"/", b"/0", b"/9"}
 
 
 def test_a_store_that_is_filled_and_emptied_stays_small() -> None:

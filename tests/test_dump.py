@@ -8,6 +8,7 @@ import struct
 import subprocess
 import tracemalloc
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from command_line import COMMAND, Run, flip, volume_file
@@ -97,7 +98,9 @@ HEADERS = st.builds(
 @given(HEADERS, st.lists(st.tuples(NEEDLES, st.binary(max_size=100)), max_size=4))
 def test_a_volume_is_named_field_by_field(header: VolumeHeader, needles: list[tuple[Needle, bytes]]) -> None:
     disk, offsets = volume_of(needles, header)
-    lines = dumped(disk)
+    # What no release writes is shown, too, and called BAD: here it is about fields.
+    with patch("imgfs.volume.plausible_needle", lambda *_: True):
+        lines = dumped(disk)
     assert lines[0] == ("file", {"path": PATH, "kind": "volume", "bytes": len(disk.content(PATH))})
     copies = of_word(lines, "header")
     assert [copy["offset"] for copy in copies] == list(VOLUME_HEADER_COPIES)

@@ -129,7 +129,8 @@ def test_a_hole_is_told_from_damage(tmp_path: Path) -> None:
     )
     # The same in a copy that has lost its holes: zeros are damage, and it says that they are zeros.
     content[start:end] = bytes(end - start)
-    lines = dumped(disk_with(bytes(content)))
+    path.write_bytes(content)
+    lines = dumped(Disk(), str(path))
     assert not of_word(lines, "hole")
     assert of_word(lines, "needle")[1]["data"] == "BAD"
     assert of_word(lines, "needle")[1]["zeros"] > 0
