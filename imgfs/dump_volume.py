@@ -44,6 +44,7 @@ from imgfs.format import (
     unpack_footer,
     unpack_volume_header,
 )
+from imgfs.plausible import plausible_needle
 from imgfs.volume import Gap, Volume
 
 OK, BAD = "ok", "BAD"
@@ -142,6 +143,7 @@ class VolumeDump:
         for copy, offset in enumerate(VOLUME_HEADER_COPIES):
             yield self._header_copy(copy, offset, headers)
         volume = self._volume(headers)
+        first_sequence = volume.header.first_sequence if volume is not None else 0
         items: Iterator[tuple[int, Needle] | Gap] = iter(())
         if volume is not None:
             items = volume.scan(NEEDLES_START, self._size)
@@ -155,7 +157,7 @@ class VolumeDump:
             while hole is not None and hole[0] < start:
                 yield self._hole(*hole)
                 hole = next(holes, None)
-            yield from self._gap(item, volume) if isinstance(item, Gap) else self._needle(*item)
+            yield from self._gap(item, volume) if isinstance(item, Gap) else self._needle(*item, first_sequence)
         while hole is not None:
             yield self._hole(*hole)
             hole = next(holes, None)
@@ -187,7 +189,7 @@ class VolumeDump:
     def _volume(self, headers: list[tuple[bool, VolumeHeader]]) -> Volume | None:
         """Return the volume with a header under which its needles can be recognised."""
         for whole, header in sorted(headers, key=lambda each: not each[0]):
-            volume = Volume(self._disk, self._path, self._file, header)
+            volume = Volume(self._disk, self._path, self._file, header, doubting=False)
             # Of a damaged copy, salt and volume id may be what was written all the same.
             if whole or any(
                 not isinstance(item, Gap)
@@ -198,10 +200,12 @@ class VolumeDump:
 
     # -- needles ----------------------------------------------------------------------------------------------
 
-    def _needle(self, offset: int, needle: Needle) -> Iterator[Line]:
+    def _needle(self, offset: int, needle: Needle, first_sequence: int) -> Iterator[Line]:
         self._count["needles"] += 1
         fields: dict[str, Value] = {"offset": offset, "bytes": needle.length, **_needle_fields(needle)}
         fields |= {"checksum": f"{needle.checksum:016x}", "header": OK}
+        if not plausible_needle(needle, offset, first_sequence):
+            fields["doubted"] = True
         if needle.data_size:
             fields |= self._footer(offset, needle)
         if BAD in (fields.get("footer"), fields.get("data")):

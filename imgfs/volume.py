@@ -51,8 +51,10 @@ class Gap:
 class Volume:
     """An open volume file."""
 
-    def __init__(self, disk: Disk, path: str, file: int, header: VolumeHeader) -> None:
+    def __init__(self, disk: Disk, path: str, file: int, header: VolumeHeader, *, doubting: bool = True) -> None:
+        """*doubting*: what no writer can have written is no needle, though its checksum is right."""
         self.header = header
+        self._doubting = doubting
         self.path = path
         self._disk = disk
         self._file = file
@@ -133,8 +135,9 @@ class Volume:
     def unpack(self, data: Buffer, offset: int) -> Needle | None:
         """Return the needle whose header starts *data*, read at *offset*; None if it is not whole or makes no sense."""
         needle = unpack_needle_header(data, self._seed, offset)
-        known = needle is not None and plausible_needle(needle, offset, self.header.first_sequence)
-        return needle if known else None
+        if needle is None or (self._doubting and not plausible_needle(needle, offset, self.header.first_sequence)):
+            return None
+        return needle
 
     def footer_of(self, needle: Needle, offset: int, *, nowait: bool = False) -> Checksums:
         """Return the checksums in the footer of *needle*, which lies at *offset*.

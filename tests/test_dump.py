@@ -140,6 +140,15 @@ def test_flags_have_the_names_of_the_format() -> None:
     assert of_word(dumped(disk), "needle")[0]["flags"] == ["SEAL", "LAST", "0x80"]
 
 
+def test_what_no_writer_writes_is_shown_and_doubted() -> None:
+    needles = [Needle(Kind.FILE, 5, 1, name, mode=0o644, sequence=9) for name in (b"a/b", b"a")]
+    found = of_word(dumped(volume_of([(needle, b"data") for needle in needles])[0]), "needle")
+    assert [(fields["name"], fields["header"], "doubted" in fields) for fields in found] == [
+        ("a/b", "ok", True),
+        ("a", "ok", False),
+    ]
+
+
 @given(st.lists(st.tuples(NEEDLES, unsigned(31)), min_size=1, max_size=6))
 def test_an_index_is_named_record_by_record(needles: list[tuple[Needle, int]]) -> None:
     offset8, records = NEEDLES_START // 8, b""

@@ -117,6 +117,8 @@ def test_numbers_on_disk_do_not_change() -> None:
         "CHECKPOINT": 5,
         "TARGET": 6,
         "DEVICE": 7,
+        "REPLACES": 8,
+        "RESCUED": 9,
     }
 
 
