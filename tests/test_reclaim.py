@@ -246,8 +246,11 @@ def test_filled_and_emptied_ten_times_it_is_no_larger(small: Mounted) -> None:
         assert_whole(small.point / "images")
         shutil.rmtree(small.point / "images")
         compact_once(small)
+        if turn >= 2:
+            # What died last is freed by the next look of the maintenance process.
+            most = max(size for size, _ in sizes[:2]) + 64 * KIB
+            wait_until(lambda most=most: disk_bytes(small) <= most, f"no more than {most}, after {sizes}")
         sizes.append((disk_bytes(small), rows(small)))
-    assert max(size for size, _ in sizes[2:]) <= max(size for size, _ in sizes[:2]) + 64 * KIB, sizes
     assert max(count for _, count in sizes) < 10, f"rows are not used again: {sizes}"
 
 
