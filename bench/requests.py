@@ -99,7 +99,6 @@ class _Bench:
         operation()
         made = self._settled() - before
         # It comes whenever the kernel has no better use for its memory.
-        del made["forget"]
         which = ", ".join(f"{name} {count / self._images:.2f}" for name, count in made.most_common())
         say(f"{self._options}: {what}: {made.total() / self._images:.2f} per image: {which}")
         self.counted[what] = made

@@ -69,25 +69,36 @@ class Calls:
 
         From a thread too if another worker is at a change of its own: that one may copy many.
         """
-        store = self._store
         row = self._desk.row()
-        small = size <= INLINE_BYTES and not store.must_roll(size)
-        # Nothing runs between this test and the end of the call, so the lock need not be taken: that would cost
-        # a turn of the loop. Who waits for it holds it from the moment its holder lets go, and is not overtaken.
-        if small and not self._changes.locked() and store.try_lock():
-            try:
-                return _requested(store, row, change, *args)
-            finally:
-                store.unlock()
+        try:
+            return self.at_once(row, size, change, *args)
+        except WouldBlock:
+            pass
         with self._desk.wait:
             async with self._changes:
-                return await self.in_thread(_requested, store, row, change, *args)
+                return await self.in_thread(_requested, self._store, row, change, *args)
+
+    def at_once(self, row: int, size: int, change: Callable[..., T], *args: Any, **named: Any) -> T:
+        """Return `change(*args)`, which the request of *row* asked for and which copies *size* bytes.
+
+        Raises:
+            WouldBlock: they are many, or somebody else is at a change; nothing was done.
+        """
+        store = self._store
+        # Nothing runs between this test and the end of the call, so the lock need not be taken: that would cost
+        # a turn of the loop. Who waits for it holds it from the moment its holder lets go, and is not overtaken.
+        if size > INLINE_BYTES or store.must_roll(size) or self._changes.locked() or not store.try_lock():
+            raise WouldBlock
+        try:
+            return _requested(store, row, change, *args, **named)
+        finally:
+            store.unlock()
 
 
-def _requested(store: Store, row: int, change: Callable[..., T], *args: Any) -> T:
+def _requested(store: Store, row: int, change: Callable[..., T], *args: Any, **named: Any) -> T:
     """Return `change(*args)`, which the request of *row* asked for; no other change runs in this process."""
     store.requester = row
     try:
-        return change(*args)
+        return change(*args, **named)
     finally:
         store.requester = NOBODY

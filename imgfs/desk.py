@@ -1,20 +1,21 @@
-"""What a worker has in hand: which request each task of pyfuse3 works on, and when it reads the next.
+"""What a worker has in hand: it reads the requests, has most answered on the spot, and hands pyfuse3 the others.
 
-Owns what pyfuse3's main loop uses of trio, and the worker's rows of requests. Must not know the store, nor what a
-request does.
+Owns the reading of the device, what pyfuse3's main loop uses of trio, and the worker's rows of requests. Must not know
+the store, nor what a request does.
 
 pyfuse3 looks trio up by a global name of its own at each request (its asyncio module lives by that): each of its
 tasks takes a lock, waits for the descriptor, reads a request, handles it, answers it, and comes back to the lock. So
-there, and nowhere else, it shows that the last request of the task is answered. For every request trio's lock would
-cost a turn of the loop, and its wait for the descriptor another and three system calls. Here a free lock is just
-taken, and the device is polled first, for a moment: a client that got its answer mostly asks on at once. While any
-request waits for something, a thread or a lock, all is as trio does it.
+there, and nowhere else, it shows that the last request of the task is answered. Where it waits for the descriptor, the
+desk reads requests itself, as long as they can be answered on the spot (express.py), and polls the device for a moment
+when there is none: a client that got its answer mostly asks on at once. A request that takes more is put into a file
+in memory, which for one read takes the place of the device that libfuse has. What libfuse answers goes to the device.
 
-*Concurrency:* one loop, one thread. A worker reads while it holds the gate, and lets go of it when the handler starts,
-its row being written. Timers and signals come at most `_IN_A_ROW` requests or moments late.
+*Concurrency:* one loop, one thread. A worker reads while it holds the gate, and lets go of it when the request is in
+its row. Timers and signals come at most `_IN_A_ROW` requests or moments late.
 """
 
-import ctypes
+import enum
+import errno
 import os
 import select
 import socket
@@ -31,6 +32,7 @@ from imgfs.board import Board
 from imgfs.device import Device
 from imgfs.errors import MountFailed
 from imgfs.gate import Gate
+from imgfs.replies import Reply
 from imgfs.requests import TASKS_MAX, Request, Requests, Result
 
 T = TypeVar("T")
@@ -41,12 +43,8 @@ _IN_A_ROW = 32
 # How long another worker may hold the gate, on a busy machine, before we stop asking at each turn of the loop.
 _TURNS_MAX = 8
 _PAUSE_S = 0.001
-_M_PERTURB = -6  # mallopt: fill what is allocated, with this byte inverted
-# One answer to INIT.
+# One answer to INIT, or what libfuse answers without a handler.
 _REPLY_BYTES_MAX = 1024
-
-
-_libc = ctypes.CDLL(None)
 
 
 class _Lock:
@@ -89,15 +87,27 @@ class _Wait:
         self.count -= 1
 
 
+class _Came(enum.Enum):
+    """What there was to read."""
+
+    NOTHING = enum.auto()
+    """No request, or none for us."""
+
+    MANY = enum.auto()
+    """As many as may be answered before all other tasks get their turn."""
+
+    ONE_FOR_PYFUSE3 = enum.auto()
+    """One that was handed over."""
+
+
 class _Seat:
     """One task of pyfuse3's main loop."""
 
-    __slots__ = ("applied", "has_buffer", "request", "row")
+    __slots__ = ("applied", "request", "row")
 
     def __init__(self, row: int) -> None:
         self.row = row
         self.request: Request | None = None
-        self.has_buffer = False
         self.applied: Result | None = None  # what `resent` will return
 
 
@@ -111,6 +121,9 @@ class Desk:
         self.wait = _Wait()
         """Handlers that wait for a thread or a lock say so: meanwhile every task gets its turn."""
 
+        self.express: Callable[[memoryview, int], Reply | None] = lambda request, row: None
+        """Answers a request on the spot, and does nothing of what it cannot answer so."""
+
         self._trial = trial
         self._device = device
         self._gate = gate
@@ -120,12 +133,16 @@ class Desk:
         self._first_row = worker * TASKS_MAX
         self._seats: dict[object, _Seat] = {}
         self._has_gate = False
-        self._allocating = False
         self._in_a_row = 0
         self._poll = select.poll()
         # The end that libfuse takes for the device until INIT is answered, and ours.
         self._theirs, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._took_over = False
+        self._fuse = -1  # the device, once INIT is answered
+        self._buffer = memoryview(b"")
+        # A request that pyfuse3 gets; while it has to be read, `theirs` is this file.
+        self._handed = os.memfd_create("imgfs-request", os.MFD_CLOEXEC)
+        self._handed_bytes = 0
         self._asked = False
 
     # -- pyfuse3's session ------------------------------------------------------------------------------------
@@ -138,7 +155,7 @@ class Desk:
     def install(self) -> None:
         """Let pyfuse3 work with this desk; before `pyfuse3.init`."""
         lowlevel = SimpleNamespace(**vars(trio.lowlevel))
-        lowlevel.wait_readable = self._wait_readable
+        lowlevel.wait_readable = self._wait_for_request
         ours = SimpleNamespace(**vars(trio))
         ours.Lock, ours.lowlevel = lambda: _Lock(self._came_back), lowlevel
         pyfuse3.trio = ours  # type: ignore[attr-defined]
@@ -156,41 +173,72 @@ class Desk:
             raise MountFailed("a worker of this release would promise the kernel something else than was promised")
         if self._trial:
             raise TrialPassed
-        mine = self._device.descriptor if wire.can_resend(self._device.init) else self._device.clone()
-        os.dup2(mine, self._theirs.fileno(), inheritable=False)
+        self._fuse = self._device.descriptor if wire.can_resend(self._device.init) else self._device.clone()
+        # Whoever had the gate before may have read what we saw.
+        os.set_blocking(self._fuse, False)
+        os.dup2(self._fuse, self._theirs.fileno(), inheritable=False)
         self._ours.close()
-        self._poll.register(self._theirs.fileno(), select.POLLIN)
+        # A worker that is killed while the kernel copies a request into pages that are not there yet fails that
+        # request, with EIO: have them there.
+        self._buffer = memoryview(bytearray(b"\xff") * (wire.max_write(reply) + wire.READ_BYTES_EXTRA))
+        self._poll.register(self._fuse, select.POLLIN)
         self._post.ready = True
 
     # -- one request ------------------------------------------------------------------------------------------
 
     def begin(self, request: Request) -> None:
-        """*request* was read by the task that calls; others may read now."""
+        """*request* was handed over to the task that calls."""
+        if self._handed_bytes:
+            self._take_back()
         seat = self._seats[trio.lowlevel.current_task()]
-        self._requests.begin(seat.row, request)
-        if seat.request is None:
-            self._post.in_hand += 1
-        seat.request = request  # for one setxattr pyfuse3 calls getxattr first
-        if self._allocating:
-            _libc.mallopt(_M_PERTURB, 0)
-            self._allocating = False
-        if self._has_gate:
-            self._release_gate()
+        if seat.request != request:  # for one setxattr pyfuse3 calls getxattr first
+            self._requests.begin(seat.row, request)
+            if seat.request is None:
+                self._post.in_hand += 1
+            seat.request = request
 
     def _came_back(self) -> None:
         """The task that calls has answered what it had in hand, if anything."""
-        if self._has_gate:
-            self._release_gate()  # what it read was answered without a handler
+        if self._handed_bytes:
+            # There was no handler for it: libfuse has put its answer behind the request.
+            reply = os.pread(self._handed, _REPLY_BYTES_MAX, self._handed_bytes)
+            self._take_back()
+            if reply:
+                self._write((reply,))
         task = trio.lowlevel.current_task()
         seat = self._seats.get(task)
         if seat is None:
             seat = self._seats[task] = _Seat(self._first_row + len(self._seats))
         elif seat.request is not None:
-            self._requests.end(seat.row)
             seat.request = seat.applied = None
-            post = self._post
-            post.in_hand -= 1
-            post.answered += 1
+            self._end(seat)
+
+    def _end(self, seat: _Seat) -> None:
+        self._requests.end(seat.row)
+        post = self._post
+        post.in_hand -= 1
+        post.answered += 1
+
+    def _hand_over(self, seat: _Seat, request: Request, size: int) -> None:
+        """Let pyfuse3 read the *request* of *size* bytes that is in the buffer, next."""
+        seat.request = request
+        self._handed_bytes = size
+        os.pwrite(self._handed, self._buffer[:size], 0)
+        os.ftruncate(self._handed, size)
+        os.lseek(self._handed, 0, os.SEEK_SET)
+        os.dup2(self._handed, self._theirs.fileno(), inheritable=False)
+
+    def _take_back(self) -> None:
+        """pyfuse3 has read it: what it answers is for the device."""
+        self._handed_bytes = 0
+        os.dup2(self._fuse, self._theirs.fileno(), inheritable=False)
+
+    def _write(self, reply: Reply) -> None:
+        try:
+            os.writev(self._fuse, reply)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # nobody waits for it any more
+                raise
 
     def waited(self, time_ns: int) -> None:
         """Note that a request had to wait for the disk for so long."""
@@ -225,59 +273,85 @@ class Desk:
         self._gate.let_go()
 
     def _try_gate(self) -> bool:
-        """Take the gate if it is free and there is something to read."""
+        """Take the gate if it is free."""
         if self._board.paused or not self._gate.try_take():
             return False
+        self._has_gate = True
         self._post.gate_since_ns = time.monotonic_ns()
-        # Whoever had the gate before may have read what we saw. Should it vanish now, the supervisor interrupts us.
-        if self._poll.poll(0):
-            self._has_gate = True
-            return True
-        self._release_gate()
-        return False
+        return True
 
-    async def _wait_readable(self, descriptor: int) -> None:
-        """Return when there is a request to read, the gate being ours."""
-        await self._wait_for_request(descriptor)
+    def _read(self) -> int:
+        """Read a request, the gate being ours; return its size, 0 if there is none for us.
+
+        Raises:
+            OSError: ENODEV: the mount is gone.
+        """
+        try:
+            return os.readv(self._fuse, [self._buffer])
+        except OSError as error:
+            self._release_gate()
+            # Another worker had it, or the caller gave up.
+            if error.errno not in (errno.EAGAIN, errno.ENOENT):
+                raise
+            return 0
+
+    def _serve(self, patience_ms: int) -> _Came:
+        """Answer what comes within *patience_ms* of each other, until something is not for us."""
         seat = self._seats[trio.lowlevel.current_task()]
-        if not seat.has_buffer:
-            # libfuse now allocates the buffer of this task. A worker that is killed while the kernel copies a request
-            # into pages that are not there yet fails that request, with EIO: have them there.
-            seat.has_buffer = True
-            _libc.mallopt(_M_PERTURB, 1)
-            self._allocating = True
+        poll, requests, post, buffer = self._poll.poll, self._requests, self._post, self._buffer
+        while self._in_a_row < _IN_A_ROW:
+            self._in_a_row += 1
+            if not poll(patience_ms):
+                return _Came.NOTHING
+            if not self._try_gate():
+                if self._board.paused:
+                    return _Came.NOTHING
+                continue
+            try:
+                size = self._read()
+            except OSError as error:
+                if error.errno != errno.ENODEV:
+                    raise
+                return _Came.ONE_FOR_PYFUSE3  # libfuse finds out by itself
+            if not size:
+                continue
+            raw = buffer[:size]
+            request = wire.parse(raw).request
+            if request.opcode in wire.UNANSWERED:
+                self._release_gate()
+                continue
+            requests.begin(seat.row, request)
+            post.in_hand += 1
+            self._release_gate()
+            reply = self.express(raw, seat.row)
+            if reply is None:
+                self._hand_over(seat, request, size)
+                return _Came.ONE_FOR_PYFUSE3
+            self._write(reply)
+            self._end(seat)
+        return _Came.MANY
 
-    async def _wait_for_request(self, descriptor: int) -> None:
+    async def _wait_for_request(self, _: int) -> None:
+        """Return when there is a request that pyfuse3 has to read; answer all others."""
         if not self._took_over:
             if not self._asked:
                 self._asked = True
                 return  # INIT waits in the socket
             self._take_over()
-        self._in_a_row += 1
-        if self._in_a_row >= _IN_A_ROW:
-            self._in_a_row = 0
-            await trio.lowlevel.checkpoint()
-        elif not self.wait.count and self._spin():
-            return
         turns = 0
         while True:
-            await trio.lowlevel.wait_readable(descriptor)
-            if self._try_gate():
+            came = self._serve(0 if self.wait.count or turns else _MOMENT_MS)
+            if came is _Came.ONE_FOR_PYFUSE3:
                 return
-            turns += 1
-            if turns > _TURNS_MAX or self._board.paused:
+            if came is _Came.MANY:
+                self._in_a_row = turns = 0
+                await trio.lowlevel.checkpoint()
+                continue
+            if self._board.paused or turns > _TURNS_MAX:
                 await trio.sleep(_PAUSE_S)
-
-    def _spin(self) -> bool:
-        """Poll for a moment, without trio; return whether there is a request for us."""
-        deadline_ns = time.monotonic_ns() + _MOMENT_MS * 1_000_000
-        poll = self._poll.poll
-        while poll(_MOMENT_MS):
-            if self._try_gate():
-                return True
-            if time.monotonic_ns() > deadline_ns:
-                return False
-        return False
+            self._in_a_row = 0
+            await trio.lowlevel.wait_readable(self._fuse)
+            turns += 1
 
 
 def at_desk(desk: Desk, operations: T) -> T:

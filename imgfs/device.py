@@ -3,8 +3,7 @@
 Owns the descriptor that holds the mount: the mount lives as long as some process has it open. Must not know stores or
 workers.
 
-*Concurrency:* reading is for the holder of the gate only. `O_NONBLOCK` belongs to the open device, which all workers
-share, so it is on only while the gate is held and no worker reads.
+*Concurrency:* reading is for the holder of the gate only, and never waits.
 """
 
 import array

@@ -81,7 +81,7 @@ class Disk:
             WouldBlock: *nowait* is set and some of the bytes would have to come from the disk.
         """
         if nowait and self._nowait_flag:
-            return self._read_resident(file, offset, size)
+            return bytes(self.read_resident(file, offset, size))
         data = os.pread(file, min(size, _READ_BYTES_MAX), offset)
         if len(data) == size or not data:
             return data
@@ -95,7 +95,8 @@ class Disk:
             done += len(data)
         return b"".join(parts)
 
-    def _read_resident(self, file: int, offset: int, size: int) -> bytes:
+    def read_resident(self, file: int, offset: int, size: int) -> bytearray:
+        """As `read`, of what is in memory, WouldBlock for all else; not a byte is copied twice."""
         buffer = bytearray(size)
         try:
             done = os.preadv(file, [buffer], offset, self._nowait_flag)
@@ -106,11 +107,11 @@ class Disk:
                 raise
             # This file system has no RWF_NOWAIT: always let a thread wait.
             raise WouldBlock from None
-        if done == size:
-            return bytes(buffer)
-        if offset + done < self.size(file):
-            raise WouldBlock
-        return bytes(buffer[:done])
+        if done < size:
+            if offset + done < self.size(file):
+                raise WouldBlock
+            del buffer[done:]
+        return buffer
 
     def write(self, file: int, offset: int, buffers: Sequence[Buffer]) -> None:
         """Write *buffers* one after the other at *offset*, all of them or an OSError."""

@@ -21,17 +21,18 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from imgfs.acts import BLOCK_BYTES, Acts, Shown, mode_of
 from imgfs.answers import all_answered
 from imgfs.calls import Calls
 from imgfs.desk import Desk
 from imgfs.disk import WouldBlock
-from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, NotFound, Stale, StoreFull
-from imgfs.format import NAME_BYTES_MAX, Kind
+from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, Stale, StoreFull
+from imgfs.format import NAME_BYTES_MAX
 from imgfs.group_sync import GroupSync
 from imgfs.store import PERMISSIONS, Attr, Entry, Store
 
@@ -39,26 +40,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# What programs are told to read and write at once: as much as the kernel asks for in one request by default.
-BLOCK_BYTES = 128 << 10
 # Entries fetched at once where a listing has to wait for the disk: about one answer full.
 LISTING_BATCH = 256
-
-# The mode of a special file says its type itself.
-_TYPE_BITS = {Kind.FILE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK, Kind.SPECIAL: 0}
-
-
-class Manner(NamedTuple):
-    """How a mount shows its store."""
-
-    timeout_s: float
-    """How long the kernel may remember names, absent names and attributes."""
-
-    xattrs: bool = False
-    """Without, the kernel asks for an extended attribute once, and never again."""
-
-    publish_at_close: bool = False
-    """Only the process that creates an image finds it by name before it is closed."""
 
 
 @all_answered
@@ -67,24 +50,21 @@ class Filesystem(pyfuse3.Operations):
 
     supports_dot_lookup = True
 
-    def __init__(self, store: Store, desk: Desk, manner: Manner) -> None:
-        """Serve *store* in that *manner*.
+    def __init__(self, store: Store, desk: Desk, acts: Acts, calls: Calls) -> None:
+        """Serve *store*: what requests ask of it is in *acts*, and *calls* how that is waited for.
 
         *desk* knows the row of the request in hand, and whether a worker that died had applied it already.
         """
         self._store = store
         self._desk = desk
-        self._timeout_s = manner.timeout_s
-        self._xattrs = manner.xattrs
+        self._acts = acts
+        self._timeout_s = acts.manner.timeout_s
+        self._xattrs = acts.manner.xattrs
         self._atimes = store.access_times
-        self._publish_at_close = manner.publish_at_close
-        calls = Calls(store, desk)
         self._cold, self._in_thread = calls.cold, calls.in_thread
         self._change, self._change_of = calls.change, calls.change_of
         self.find_room = calls.find_room
         self._group_sync = GroupSync(store.sync)
-        self._absent = _absent(manner.timeout_s)
-        self._hidden = _absent(0)
 
     async def sync(self) -> None:
         """Make durable all that was answered so far."""
@@ -95,25 +75,7 @@ class Filesystem(pyfuse3.Operations):
     # -- names ------------------------------------------------------------------------------------------------
 
     async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        store = self._store
-        if name == b"." or name == b"..":
-            attr = store.attr(parent if name == b"." else store.parent(parent))
-            if not attr.nlink:
-                raise Stale("a file handle outlived its file")
-            return self._entry(attr)
-        try:
-            inode = await self._cold(store.lookup, parent, name)
-        except NotFound:
-            return self._absent
-        attr = store.attr(inode)
-        if self._publish_at_close:
-            creator = store.creator(inode)
-            if creator:
-                return self._passing(attr) if creator == _process_of(ctx.pid) else self._hidden
-        if attr.kind == Kind.FILE:
-            # The disk works while the answer and the open travel.
-            store.prefetch(inode)
-        return self._entry(attr)
+        return self._shown(await self._cold(self._acts.lookup, parent, name, ctx.pid))
 
     # A plain function: pyfuse3 awaits what it returns only if that is not None, and there is nothing to do.
     def forget(self, inode_list: Iterable[tuple[int, int]]) -> None:  # type: ignore[override]
@@ -123,7 +85,7 @@ class Filesystem(pyfuse3.Operations):
         store = self._store
         if done := self._desk.resent():
             return self._entry(store.attr(done.inode))
-        gid, set_gid = self._group_in(parent, ctx)
+        gid, set_gid = self._acts.group_in(parent, ctx.gid)
         mode = mode & PERMISSIONS & ~ctx.umask | set_gid
         return self._entry(store.attr(await self._change(store.mkdir, parent, name, mode, ctx.uid, gid)))
 
@@ -131,7 +93,7 @@ class Filesystem(pyfuse3.Operations):
         store = self._store
         if done := self._desk.resent():
             return self._entry(store.attr(done.inode))
-        gid, _ = self._group_in(parent, ctx)
+        gid, _ = self._acts.group_in(parent, ctx.gid)
         return self._entry(store.attr(await self._change(store.symlink, parent, name, target, ctx.uid, gid)))
 
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -177,7 +139,7 @@ class Filesystem(pyfuse3.Operations):
         gid = attr.st_gid if fields.update_gid else None
         mtime_ns = attr.st_mtime_ns if fields.update_mtime else None
         if mode is None and (fields.update_uid or fields.update_gid or (fields.update_size and ctx.uid)):
-            mode = self._mode_without_set_id(inode)
+            mode = self._acts.mode_without_set_id(inode)
         if fields.update_size:
             size = store.attr(inode).size
             # Where that is its size already, truncate(2) does nothing, but ftruncate(2) moves its times.
@@ -269,14 +231,12 @@ class Filesystem(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         done = self._desk.resent()
         inode, handle = (done.inode, done.handle) if done else await self._create(parent, name, mode, ctx)
-        attr = self._store.attr(inode)
-        entry = self._passing(attr) if self._publish_at_close else self._entry(attr)
-        return FileInfo(fh=handle, keep_cache=True), entry
+        return FileInfo(fh=handle, keep_cache=True), self._shown(self._acts.created(inode))
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
         done = self._desk.resent()
         if not stat.S_ISREG(mode):
-            gid, _ = self._group_in(parent, ctx)
+            gid, _ = self._acts.group_in(parent, ctx.gid)
             special = functools.partial(self._store.special, parent, name, mode & ~ctx.umask, rdev, ctx.uid, gid)
             return self._entry(self._store.attr(done.inode if done else await self._change(special)))
         inode, handle = (done.inode, done.handle) if done else await self._create(parent, name, mode, ctx)
@@ -355,28 +315,31 @@ class Filesystem(pyfuse3.Operations):
 
     async def _drop_privileges(self, inode: int) -> None:
         """Take from image *inode*, whose bytes were changed, what it was trusted with."""
-        mode = self._mode_without_set_id(inode)
+        mode = self._acts.mode_without_set_id(inode)
         if mode is not None:
             await self._change(functools.partial(self._store.set_attr, inode, mode=mode))
         if self._xattrs and self._store.has_xattrs(inode):
             await self._change(self._store.drop_capability, inode)
 
     async def _create(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> tuple[int, int]:
-        gid, _ = self._group_in(parent, ctx)
-        mode = mode & PERMISSIONS & ~ctx.umask
-        create = self._store.create_image
-        if self._publish_at_close:
-            create = functools.partial(create, creator=_process_of(ctx.pid))
-        return await self._change(create, parent, name, mode, ctx.uid, gid)
+        return await self._change(self._acts.create, parent, name, mode & ~ctx.umask, ctx.uid, ctx.gid, ctx.pid)
 
     # -- attributes as the kernel wants them ------------------------------------------------------------------
+
+    def _shown(self, shown: Shown) -> EntryAttributes:
+        entry = EntryAttributes() if shown.attr is None else self._entry(shown.attr)
+        if shown.attr is None:
+            entry.st_ino = 0
+            entry.attr_timeout = shown.name_timeout_s
+        entry.entry_timeout = shown.name_timeout_s
+        return entry
 
     def _entry(self, attr: Attr) -> EntryAttributes:
         entry = EntryAttributes()
         entry.st_ino = attr.inode
         entry.generation = attr.inode >> 32
         entry.entry_timeout = entry.attr_timeout = self._timeout_s
-        entry.st_mode = _TYPE_BITS[attr.kind] | attr.mode
+        entry.st_mode = mode_of(attr)
         entry.st_rdev = attr.device
         entry.st_nlink = attr.nlink
         entry.st_uid = attr.uid
@@ -389,12 +352,6 @@ class Filesystem(pyfuse3.Operations):
         entry.st_ctime_ns = attr.ctime_ns
         return entry
 
-    def _passing(self, attr: Attr) -> EntryAttributes:
-        """Return what the kernel may not remember: a name that only the asking process may know."""
-        entry = self._entry(attr)
-        entry.entry_timeout = 0
-        return entry
-
     def _entry_of_parent(self, directory: int) -> EntryAttributes:
         try:
             return self._entry(self._store.attr(self._store.parent(directory)))
@@ -404,44 +361,12 @@ class Filesystem(pyfuse3.Operations):
     def _show(self, entry: Entry, token: pyfuse3.ReaddirToken) -> bool:
         """Add *entry* to the listing *token*; return False when that is full."""
         try:
-            if self._publish_at_close and self._store.creator(entry.inode):
+            if self._acts.is_hidden(entry.inode):
                 return True
             attributes = self._entry(self._store.attr(entry.inode))
         except Stale:
             return True
         return pyfuse3.readdir_reply(token, entry.name, attributes, entry.key + 2)
-
-    def _group_in(self, directory: int, ctx: RequestContext) -> tuple[int, int]:
-        """Return the group of what is created in *directory*, and the mode bit a new directory there inherits."""
-        attr = self._store.attr(directory)
-        return (attr.gid, stat.S_ISGID) if attr.mode & stat.S_ISGID else (ctx.gid, 0)
-
-    def _mode_without_set_id(self, inode: int) -> int | None:
-        """Return the mode that image *inode* has left when others changed it; None if that is the one it has."""
-        # The kernel leaves this to us, for libfuse promises it (FUSE_CAP_HANDLE_KILLPRIV).
-        attr = self._store.attr(inode)
-        if not attr.mode & (stat.S_ISUID | stat.S_ISGID) or attr.kind != Kind.FILE:
-            return None
-        # Without the group's x bit, set-gid once meant mandatory locking, not a privilege.
-        drop = stat.S_ISUID | (stat.S_ISGID if attr.mode & stat.S_IXGRP else 0)
-        return attr.mode & ~drop if attr.mode & drop else None
-
-
-def _absent(timeout_s: float) -> EntryAttributes:
-    """Return the answer that a name is not there, and for how long the kernel may remember that."""
-    answer = EntryAttributes()
-    answer.st_ino = 0
-    answer.entry_timeout = answer.attr_timeout = timeout_s
-    return answer
-
-
-def _process_of(thread: int) -> int:
-    """Return the process that *thread* belongs to; itself if it is gone or lies in a namespace out of sight."""
-    with contextlib.suppress(OSError), open(f"/proc/{thread}/status", "rb") as status:
-        for line in status:
-            if line.startswith(b"Tgid:"):
-                return int(line.split()[1])
-    return thread
 
 
 def _forget_in_kernel(inode: int, parent: int, name: bytes) -> None:

@@ -9,7 +9,7 @@ meanwhile the read starts over. Writing and flushing hold the table's lock.
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imgfs.disk import Buffer
 from imgfs.errors import BadHandle, Damaged, DiskFailure, IsADirectory, ReadOnly, Stale, StoreFull, TooLarge, disk_error
@@ -40,10 +40,11 @@ from imgfs.volumes import Volumes
 VERIFIED_AT_OPEN = 4 * MIB
 # Verified bytes are kept so that the reads that follow an open need no further call: this much, no more.
 _CACHE_BYTES = 8 * MIB
+# An image that one read takes whole, and that is in memory, is verified again then: that costs less than to keep it.
+_NOT_KEPT_BYTES = 128 << 10
 
 
-@dataclass(frozen=True)
-class Whole:
+class Whole(NamedTuple):
     """A needle whose header is known to be whole, and what of its data was verified with it."""
 
     needle: Needle
@@ -137,7 +138,7 @@ class Images:
         offset = record.offset8 * ALIGNMENT
         small = record.size <= VERIFIED_AT_OPEN
         wanted = NEEDLE_HEADER_BYTES_MAX + (record.size + footer_bytes(record.size) if small else 0)
-        data = volume.read(offset, wanted, nowait=nowait)
+        data = volume.read_resident(offset, wanted) if nowait else volume.read(offset, wanted)
         needle = volume.unpack(data, offset)
         where = f"volume {volume.header.volume_id}, offset {offset}, inode {inode:#x}"
         if needle is None or needle.inode != inode or needle.data_size != record.size or needle.kind != record.kind:
@@ -153,7 +154,8 @@ class Images:
         else:
             sums = volume.footer_of(needle, offset, nowait=nowait)
         whole = Whole(needle, offset, sums, content)
-        self._keep(key, whole, len(content or b"") + 1024)
+        if not nowait or record.size > _NOT_KEPT_BYTES:
+            self._keep(key, whole, len(content or b"") + 1024)
         return whole
 
     def read(self, inode: int, offset: int, size: int, *, nowait: bool = False) -> bytes | memoryview:

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from imgfs import handover, logs, maintenance, mountpoint, worker
+from imgfs.acts import Manner
 from imgfs.background import in_background
 from imgfs.board import Board
 from imgfs.device import DEVICE, Device, Mounting
 from imgfs.errors import EXIT_OK, Busy, MountFailed
-from imgfs.fs import Manner
 from imgfs.handover import Handover
 from imgfs.options import MountOptions
 from imgfs.store import Store

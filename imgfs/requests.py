@@ -84,9 +84,13 @@ class Requests:
         """Note that the request of *row* is answered."""
         self._rows[_ROW_WORDS * row + _OPCODE] = 0
 
+    def any_noted(self) -> bool:
+        """Return whether `resent` might tell of anything."""
+        return self._memory.words[Word.NOTES] != 0
+
     def resent(self, row: int, request: Request) -> Result | None:
         """Return what *request* gave, if a worker that died had applied it; from now on *row* keeps that."""
-        if not self._memory.words[Word.NOTES]:
+        if not self.any_noted():
             return None
         with self._memory.lock():
             return self._take(row, request)

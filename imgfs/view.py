@@ -116,10 +116,24 @@ class View:
             NotFound, NotADirectory, NameTooLong, Stale: as the names say.
             WouldBlock: *nowait* is set and the name is not in memory.
         """
-        return self._memory.consistent(lambda: self._lookup(parent, name, nowait=nowait)[1])
+        inode = self.find(parent, name, nowait=nowait)
+        if not inode:
+            raise NotFound(f"no entry {name!r}")
+        return inode
+
+    def find(self, parent: int, name: bytes, *, nowait: bool = False) -> int:
+        """Return the inode of *name* in the directory *parent*, 0 if there is none; else as `lookup`."""
+        return self._memory.consistent(lambda: self._find(parent, name, nowait=nowait)[1])
 
     def _lookup(self, parent: int, name: bytes, *, nowait: bool = False) -> tuple[int, int]:
-        """Return (inode of the entry, inode it names): the same, unless it is a link."""
+        """Return (inode of the entry, inode it names): the same, unless it is a link. As `lookup`."""
+        found = self._find(parent, name, nowait=nowait)
+        if not found[1]:
+            raise NotFound(f"no entry {name!r}")
+        return found
+
+    def _find(self, parent: int, name: bytes, *, nowait: bool = False) -> tuple[int, int]:
+        """As `_lookup`; zeros if there is no such name."""
         self._directory(parent)
         check_name(name)
         for slot in self._table.buckets.find(slot_of(parent), self._table.hash(name)):
@@ -127,7 +141,7 @@ class View:
             if self._name(slot, record, nowait=nowait) == name:
                 entry = inode_of(slot, record.generation)
                 return entry, self._table.target(slot, record) if record.kind == Kind.LINK else entry
-        raise NotFound(f"no entry {name!r}")
+        return 0, 0
 
     def _directory(self, inode: int) -> Record:
         record = self._images.record(inode)

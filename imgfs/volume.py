@@ -121,6 +121,10 @@ class Volume:
         """Return *size* bytes at *offset*, fewer only at the end of the file; WouldBlock as Disk.read."""
         return self._disk.read(self._file, offset, size, nowait=nowait)
 
+    def read_resident(self, offset: int, size: int) -> bytearray:
+        """As `read`, of what is in memory; WouldBlock as Disk.read_resident."""
+        return self._disk.read_resident(self._file, offset, size)
+
     def header_at(self, offset: int, *, nowait: bool = False) -> Needle:
         """Return the needle whose header stands at *offset*.
 

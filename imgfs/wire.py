@@ -21,6 +21,8 @@ assert (IN_HEADER.size, OUT_HEADER.size) == (40, 16)
 READ_BYTES_MIN = 8192
 # What a request carries beside the data of a write.
 READ_BYTES_EXTRA = 4096
+# What identifies a request, two paths at most, lies within so many bytes.
+_PARSED_BYTES_MAX = 2 * READ_BYTES_MIN
 # More requests do not help whoever reads a line of the log.
 _NAMED_MAX = 20
 
@@ -95,7 +97,7 @@ class RawRequest(NamedTuple):
 def parse(data: memoryview | bytes) -> RawRequest:
     """Return what *data*, all of one request, identifies."""
     _, opcode, unique, node, _, _, thread, _, _ = IN_HEADER.unpack_from(data)
-    body = bytes(data[IN_HEADER.size :])
+    body = bytes(data[IN_HEADER.size : _PARSED_BYTES_MAX])
     read = _BODIES.get(opcode)
     opcode, anonymous, key = read(body) if read is not None else (opcode, False, 0)
     return RawRequest(unique, Request(opcode, 0, 0, key) if anonymous else Request(opcode, thread, node, key))

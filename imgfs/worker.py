@@ -12,11 +12,14 @@ from typing import NamedTuple
 import pyfuse3
 import trio
 
+from imgfs.acts import Acts, Manner
 from imgfs.board import Board
+from imgfs.calls import Calls
 from imgfs.desk import Desk, TrialPassed, at_desk
 from imgfs.device import Device
 from imgfs.errors import MountFailed
-from imgfs.fs import Filesystem, Manner
+from imgfs.express import Express
+from imgfs.fs import Filesystem
 from imgfs.gate import Gate
 from imgfs.store import Store
 
@@ -42,7 +45,9 @@ def work(number: int, common: Common) -> None:
     store.after_fork()
     desk = Desk(number, common.device, Gate(common.gate), common.board, store.requests)
     desk.install()
-    filesystem = at_desk(desk, Filesystem(store, desk, common.manner))
+    acts, calls = Acts(store, common.manner), Calls(store, desk)
+    filesystem = at_desk(desk, Filesystem(store, desk, acts, calls))
+    desk.express = Express(store, acts, calls).answer
     pyfuse3.init(filesystem, desk.session_path, {"default_permissions"})
     trio.run(_serve, common.board, number)
 
@@ -55,7 +60,9 @@ def try_init(common: Common) -> None:
     """
     desk = Desk(0, common.device, Gate(common.gate), common.board, common.store.requests, trial=True)
     desk.install()
-    pyfuse3.init(Filesystem(common.store, desk, common.manner), desk.session_path, {"default_permissions"})
+    store = common.store
+    filesystem = Filesystem(store, desk, Acts(store, common.manner), Calls(store, desk))
+    pyfuse3.init(filesystem, desk.session_path, {"default_permissions"})
     try:
         trio.run(pyfuse3.main)
     except BaseExceptionGroup as group:

@@ -3,17 +3,20 @@
 Owns the faults. It runs the real program; only the one thing that a fault names goes wrong.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from imgfs import wire, worker
+from imgfs.acts import Acts
 from imgfs.cli import main
 from imgfs.disk import Disk
+from imgfs.express import Express
 from imgfs.fs import Filesystem
 from imgfs.memory import Memory
 
@@ -23,14 +26,14 @@ _DISK_STEPS = ("write", "append", "truncate", "unlink", "rename", "sync", "open"
 
 def die_at_name(name: str) -> None:
     """A worker that looks *name* up dies of a crash."""
-    lookup = Filesystem.lookup
+    lookup = Acts.lookup
 
-    def crash(self: Filesystem, parent: int, asked: bytes, ctx: Any) -> Any:
+    def crash(self: Acts, parent: int, asked: bytes, thread: int, **named: Any) -> Any:
         if asked == name.encode():
             os.kill(os.getpid(), signal.SIGSEGV)
-        return lookup(self, parent, asked, ctx)
+        return lookup(self, parent, asked, thread, **named)
 
-    Filesystem.lookup = crash  # type: ignore[method-assign]
+    Acts.lookup = crash  # type: ignore[method-assign]
 
 
 def die_at_start(_: str) -> None:
@@ -50,14 +53,14 @@ def never_resent(_: str) -> None:
 def hang_at_name(name: str) -> None:
     """A worker that looks *name* up does not come back from it, the first time."""
     marker, _, name = name.rpartition(":")
-    lookup = Filesystem.lookup
+    lookup = Acts.lookup
 
-    def hang(self: Filesystem, parent: int, asked: bytes, ctx: Any) -> Any:
+    def hang(self: Acts, parent: int, asked: bytes, thread: int, **named: Any) -> Any:
         if asked == name.encode() and _claim(marker) is not None:
             time.sleep(3600)
-        return lookup(self, parent, asked, ctx)
+        return lookup(self, parent, asked, thread, **named)
 
-    Filesystem.lookup = hang  # type: ignore[method-assign]
+    Acts.lookup = hang  # type: ignore[method-assign]
 
 
 def hold_the_gate(marker: str) -> None:
@@ -104,21 +107,33 @@ def die_at_step(marker: str) -> None:
             setattr(Disk, name, counted(getattr(Disk, name)))
     Memory.end = counted(Memory.end)  # type: ignore[method-assign]
 
-    def armed(handler: Callable[..., Any]) -> Callable[..., Any]:
-        async def run(*args: Any) -> Any:
-            nonlocal left
-            claimed = _claim(marker)
-            if claimed is not None:
-                left = claimed
+    @contextlib.contextmanager
+    def armed() -> Iterator[None]:
+        nonlocal left
+        claimed = _claim(marker)
+        if claimed is not None:
+            left = claimed
+        step()
+        try:
+            yield
+        finally:
             step()
-            try:
+            if claimed is not None and left >= 0:
+                # All steps are done, and it lives: nothing more to try.
+                os.close(os.open(f"{marker}.survived", os.O_WRONLY | os.O_CREAT))
+                left = -1
+
+    def armed_handler(handler: Callable[..., Any]) -> Callable[..., Any]:
+        async def run(*args: Any) -> Any:
+            with armed():
                 return await handler(*args)
-            finally:
-                step()
-                if claimed is not None and left >= 0:
-                    # All steps are done, and it lives: nothing more to try.
-                    os.close(os.open(f"{marker}.survived", os.O_WRONLY | os.O_CREAT))
-                    left = -1
+
+        return run
+
+    def armed_answer(answer: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with armed():
+                return answer(*args)
 
         return run
 
@@ -126,7 +141,9 @@ def die_at_step(marker: str) -> None:
         "create mkdir mknod symlink link unlink rmdir rename setattr setxattr removexattr write flush release open"
     )
     for name in changes.split():
-        setattr(Filesystem, name, armed(getattr(Filesystem, name)))
+        setattr(Filesystem, name, armed_handler(getattr(Filesystem, name)))
+        if hasattr(Express, f"_{name}"):
+            setattr(Express, f"_{name}", armed_answer(getattr(Express, f"_{name}")))
 
 
 def _claim(marker: str) -> int | None:

@@ -230,6 +230,9 @@ class SimulatedDisk(Disk):
             raise WouldBlock
         return bytes(data[offset : offset + size])
 
+    def read_resident(self, file: int, offset: int, size: int) -> bytearray:
+        return bytearray(self.read(file, offset, size, nowait=True))
+
     def write(self, file: int, offset: int, buffers: Sequence[Buffer]) -> None:
         fault = self._fault("write")
         data = b"".join(buffers)

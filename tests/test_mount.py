@@ -276,7 +276,8 @@ def test_a_signal_stops_it_although_it_is_in_use(mounted: Mounted) -> None:
     assert os.read(reading, 10) == b"x"
     mounted.terminate()  # at the second signal it does not wait
     with pytest.raises(OSError, match="not connected"):
-        os.close(reading)
+        os.fsync(reading)
+    os.close(reading)
     mounted.start()
     assert (mounted.point / "image").read_bytes() == b"x"
 

@@ -23,8 +23,8 @@ TRIES = 3
 # Requests for each image, of every kind that comes for each.
 WRITE = {"lookup": 1, "create": 1, "write": 1, "flush": 1, "release": 1, "getattr": 1}
 COPY = {"setattr": 2}
-SERVE = {"open": 1, "flush": 1, "release": 1}
-RSYNC = WRITE | {"lookup": 3, "open": 1, "flush": 2, "release": 2, "getattr": 3, "setattr": 3, "rename": 1}
+SERVE = {"open": 1, "release": 1}
+RSYNC = WRITE | {"lookup": 3, "open": 1, "flush": 1, "release": 2, "getattr": 3, "setattr": 3, "rename": 1}
 PER_IMAGE = {
     "`cp -r` in": WRITE,
     "`cp -a` in": WRITE | COPY,

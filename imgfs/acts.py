@@ -1,0 +1,123 @@
+"""What requests ask of a store, in plain numbers: the same whichever way a request came in.
+
+Owns how a store is shown: what the kernel may remember, who sees an image that was never closed, whose a new image is.
+Must not know pyfuse3, nor the bytes of requests and answers.
+
+*Concurrency:* plain calls, that never wait: what may need the disk takes `nowait=True` and then raises `WouldBlock`.
+"""
+
+import contextlib
+import functools
+import stat
+from typing import NamedTuple
+
+from imgfs.errors import Stale
+from imgfs.format import Kind
+from imgfs.store import PERMISSIONS, Attr, Store
+
+# What programs are told to read and write at once: as much as the kernel asks for in one request by default.
+BLOCK_BYTES = 128 << 10
+
+# The mode of a special file says its type itself.
+_TYPE_BITS = {Kind.FILE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK, Kind.SPECIAL: 0}
+
+
+class Manner(NamedTuple):
+    """How a mount shows its store."""
+
+    timeout_s: float
+    """How long the kernel may remember names, absent names and attributes."""
+
+    xattrs: bool = False
+    """Without, the kernel asks for an extended attribute once, and never again."""
+
+    publish_at_close: bool = False
+    """Only the process that creates an image finds it by name before it is closed."""
+
+
+class Shown(NamedTuple):
+    """What the kernel is told of an entry, and how long it may remember its name."""
+
+    attr: Attr | None  # None: there is no such name
+    name_timeout_s: float
+
+
+def mode_of(attr: Attr) -> int:
+    """Return permissions and type of *attr* as stat(2) has them."""
+    return _TYPE_BITS[attr.kind] | attr.mode
+
+
+class Acts:
+    """What can be asked of *store*, shown in that *manner*."""
+
+    def __init__(self, store: Store, manner: Manner) -> None:
+        self.manner = manner
+        self._store = store
+        self._absent = Shown(None, manner.timeout_s)
+        self._hidden = Shown(None, 0)
+
+    def lookup(self, parent: int, name: bytes, thread: int, *, nowait: bool = False) -> Shown:
+        """Find *name* for *thread*; the disk begins to read the image. As `Store.lookup`, but for NotFound."""
+        store = self._store
+        if name == b"." or name == b"..":
+            attr = store.attr(parent if name == b"." else store.parent(parent))
+            if not attr.nlink:
+                raise Stale("a file handle outlived its file")
+            return Shown(attr, self.manner.timeout_s)
+        inode = store.find(parent, name, nowait=nowait)
+        if not inode:
+            return self._absent
+        attr = store.attr(inode)
+        if self.manner.publish_at_close:
+            creator = store.creator(inode)
+            if creator:
+                # The kernel may not remember a name that only the asking process may know.
+                return Shown(attr, 0) if creator == _process_of(thread) else self._hidden
+        if attr.kind == Kind.FILE:
+            # The disk works while the answer and the open travel.
+            store.prefetch(inode)
+        return Shown(attr, self.manner.timeout_s)
+
+    def is_hidden(self, inode: int) -> bool:
+        """Return whether *inode* is left out of listings."""
+        return self.manner.publish_at_close and self._store.creator(inode) != 0
+
+    def group_in(self, directory: int, gid: int) -> tuple[int, int]:
+        """Return the group of what *gid* creates in *directory*, and the mode bit a new directory there inherits."""
+        attr = self._store.attr(directory)
+        return (attr.gid, stat.S_ISGID) if attr.mode & stat.S_ISGID else (gid, 0)
+
+    def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int, thread: int) -> tuple[int, int]:
+        """Make an image for *thread*; return (inode, handle). As `Store.create_image`."""
+        group, _ = self.group_in(parent, gid)
+        create = self._store.create_image
+        if self.manner.publish_at_close:
+            create = functools.partial(create, creator=_process_of(thread))
+        return create(parent, name, mode & PERMISSIONS, uid, group)
+
+    def created(self, inode: int) -> Shown:
+        """Return what the kernel is told of an image that is just being made."""
+        return Shown(self._store.attr(inode), 0 if self.manner.publish_at_close else self.manner.timeout_s)
+
+    def mode_without_set_id(self, inode: int) -> int | None:
+        """Return the mode that image *inode* has left when others changed it; None if that is the one it has."""
+        # The kernel leaves this to us, for libfuse promises it (FUSE_CAP_HANDLE_KILLPRIV).
+        attr = self._store.attr(inode)
+        if not attr.mode & (stat.S_ISUID | stat.S_ISGID) or attr.kind != Kind.FILE:
+            return None
+        # Without the group's x bit, set-gid once meant mandatory locking, not a privilege.
+        drop = stat.S_ISUID | (stat.S_ISGID if attr.mode & stat.S_IXGRP else 0)
+        return attr.mode & ~drop if attr.mode & drop else None
+
+    def loses_privileges(self, inode: int) -> bool:
+        """Return whether *inode*, whose bytes change, has anything to lose that it was trusted with."""
+        return self.mode_without_set_id(inode) is not None or (self.manner.xattrs and self._store.has_xattrs(inode))
+
+
+def _process_of(thread: int) -> int:
+    """Return the process that *thread* belongs to; itself if it is gone or lies in a namespace out of sight."""
+    with contextlib.suppress(OSError), open(f"/proc/{thread}/status", "rb") as status:
+        for line in status:
+            if line.startswith(b"Tgid:"):
+                return int(line.split()[1])
+    return thread

@@ -1,0 +1,92 @@
+"""The bytes of answers that are given past pyfuse3: entries, attributes, open images, data.
+
+Owns their structs (include/uapi/linux/fuse.h). Must not know which request they answer.
+"""
+
+import struct
+
+from imgfs.acts import BLOCK_BYTES, mode_of
+from imgfs.disk import Buffer
+from imgfs.view import Attr
+from imgfs.wire import OUT_HEADER
+
+# What an answer consists of, written as one.
+Reply = tuple[Buffer, ...]
+
+KEEP_CACHE = 1 << 1
+# No FLUSH when a descriptor is closed (Linux 5.16; older kernels do not know it, and go on asking).
+NO_FLUSH = 1 << 5
+
+_SECOND_NS = 1_000_000_000
+
+# inode, size, blocks, atime, mtime, ctime, their nanoseconds, mode, links, uid, gid, device, block size, flags
+_ATTR = "QQQqqqIIIIIIIIII"
+# after the header: node, generation, seconds the name and the attributes may be remembered, nanoseconds of both
+_ENTRY = struct.Struct("<IiQ" + "QQQQII" + _ATTR)
+# after the header: seconds, nanoseconds, padding
+_ATTRIBUTES = struct.Struct("<IiQ" + "QII" + _ATTR)
+_OPEN = struct.Struct("<QII")  # handle, flags, padding
+_WRITTEN = struct.Struct("<IiQ" + "II")
+assert (_ENTRY.size, _ATTRIBUTES.size) == (16 + 128, 16 + 104)
+
+
+def done(unique: int) -> Reply:
+    """Answer that what was asked for is done."""
+    return (OUT_HEADER.pack(OUT_HEADER.size, 0, unique),)
+
+
+def data(unique: int, content: Buffer) -> Reply:
+    """Answer with *content*."""
+    return OUT_HEADER.pack(OUT_HEADER.size + len(content), 0, unique), content
+
+
+def written(unique: int, size: int) -> Reply:
+    """Answer that *size* bytes were taken."""
+    return (_WRITTEN.pack(_WRITTEN.size, 0, unique, size, 0),)
+
+
+def opened(unique: int, handle: int, flags: int) -> Reply:
+    """Answer with an open *handle*."""
+    return OUT_HEADER.pack(OUT_HEADER.size + _OPEN.size, 0, unique), _OPEN.pack(handle, flags, 0)
+
+
+def _attr(attr: Attr, atime_ns: int) -> tuple[int, ...]:
+    inode, _, _, uid, gid, nlink, size, mtime_ns, ctime_ns, blocks, device = attr
+    atime_s, atime_rest = divmod(atime_ns, _SECOND_NS)
+    mtime_s, mtime_rest = divmod(mtime_ns, _SECOND_NS)
+    ctime_s, ctime_rest = divmod(ctime_ns, _SECOND_NS)
+    times = (atime_s, mtime_s, ctime_s, atime_rest, mtime_rest, ctime_rest)
+    return (inode, size, blocks, *times, mode_of(attr), nlink, uid, gid, device, BLOCK_BYTES, 0)
+
+
+def attributes(unique: int, attr: Attr, atime_ns: int, timeout_s: float) -> Reply:
+    """Answer with attributes."""
+    seconds, rest_ns = _timeout(timeout_s)
+    return (_ATTRIBUTES.pack(_ATTRIBUTES.size, 0, unique, seconds, rest_ns, 0, *_attr(attr, atime_ns)),)
+
+
+def entry(unique: int, attr: Attr, atime_ns: int, name_timeout_s: float, timeout_s: float) -> Reply:
+    """Answer with an entry."""
+    seconds, rest_ns = _timeout(timeout_s)
+    name_s, name_rest_ns = _timeout(name_timeout_s)
+    head = (_ENTRY.size, 0, unique, attr.inode, attr.inode >> 32, name_s, seconds, name_rest_ns, rest_ns)
+    return (_ENTRY.pack(*head, *_attr(attr, atime_ns)),)
+
+
+def absent(unique: int, name_timeout_s: float) -> Reply:
+    """Answer that there is no such name."""
+    seconds, rest_ns = _timeout(name_timeout_s)
+    return (_ENTRY.pack(_ENTRY.size, 0, unique, 0, 0, seconds, 0, rest_ns, 0, *(0,) * 16),)
+
+
+def created(entry_reply: Reply, handle: int, flags: int) -> Reply:
+    """Answer with an entry, its answer being *entry_reply*, and an open *handle* on it."""
+    (content,) = entry_reply
+    _, error, unique = OUT_HEADER.unpack_from(content)
+    head = OUT_HEADER.pack(len(content) + _OPEN.size, error, unique)
+    return head, memoryview(content)[OUT_HEADER.size :], _OPEN.pack(handle, flags, 0)
+
+
+def _timeout(timeout_s: float) -> tuple[int, int]:
+    seconds = int(timeout_s)
+    return seconds, int((timeout_s - seconds) * _SECOND_NS)
