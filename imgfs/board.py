@@ -3,7 +3,8 @@
 Owns the page. Must not know requests, nor who acts on what it says.
 
 *Concurrency:* each word is stored in one instruction, and has one process that writes it: the supervisor PAUSE, each
-worker the words of its own number. Whoever answers INIT writes the answer, always the same bytes, before its length.
+worker the words of its own number; but any worker may write WATCHER. Whoever answers INIT writes the answer, always
+the same bytes, before its length.
 """
 
 import mmap
@@ -20,6 +21,7 @@ _WORDS_EACH = 8
 class _Word:
     PAUSE = 0
     REPLY_BYTES = 1
+    WATCHER = 2
 
 
 class _Of:
@@ -75,18 +77,20 @@ class Post:
         """How many requests it has read and not answered."""
         return self._get(_Of.IN_HAND)
 
-    @in_hand.setter
-    def in_hand(self, value: int) -> None:
-        self._words[self._at + _Of.IN_HAND] = value
-
     @property
     def answered(self) -> int:
         """How many requests it has answered."""
         return self._get(_Of.ANSWERED)
 
-    @answered.setter
-    def answered(self, value: int) -> None:
-        self._words[self._at + _Of.ANSWERED] = value
+    def took(self) -> None:
+        """Note that it has read one more request."""
+        self._words[self._at + _Of.IN_HAND] += 1
+
+    def gave(self) -> None:
+        """Note that it has answered a request."""
+        words, at = self._words, self._at
+        words[at + _Of.IN_HAND] -= 1
+        words[at + _Of.ANSWERED] += 1
 
     def waited(self, time_ns: int) -> None:
         """Note that a request had to wait for the disk for so long."""
@@ -128,6 +132,18 @@ class Board:
     @paused.setter
     def paused(self, value: bool) -> None:
         self._words[_Word.PAUSE] = value
+
+    @property
+    def watcher(self) -> int:
+        """The worker, plus 1, that waits for the next request, so that nobody else need wake for it; or 0.
+
+        A hint: two that come at once may both think that they are the one, and one that was killed still stands there.
+        """
+        return self._words[_Word.WATCHER]
+
+    @watcher.setter
+    def watcher(self, value: int) -> None:
+        self._words[_Word.WATCHER] = value
 
     def waits(self) -> tuple[int, int]:
         """Return how many requests had to wait for the disk, and for how long in all, in ns."""

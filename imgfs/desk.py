@@ -40,9 +40,10 @@ T = TypeVar("T")
 _MOMENT_MS = 1
 # Requests that are taken in a row before all other tasks get their turn.
 _IN_A_ROW = 32
-# How long another worker may hold the gate, on a busy machine, before we stop asking at each turn of the loop.
-_TURNS_MAX = 8
-_PAUSE_S = 0.001
+# Whoever was woken for a request that another worker took sleeps: this long, then twice that, so often. A client that
+# asks alone has one worker's attention, and two that both wake for it are slower than one.
+_NAP_S = 0.001
+_NAPS_MAX = 4
 # One answer to INIT, or what libfuse answers without a handler.
 _REPLY_BYTES_MAX = 1024
 
@@ -121,7 +122,7 @@ class Desk:
         self.wait = _Wait()
         """Handlers that wait for a thread or a lock say so: meanwhile every task gets its turn."""
 
-        self.express: Callable[[memoryview, int], Reply | None] = lambda request, row: None
+        self.express: Callable[[wire.Head, memoryview, int], Reply | None] = lambda head, request, row: None
         """Answers a request on the spot, and does nothing of what it cannot answer so."""
 
         self._trial = trial
@@ -129,6 +130,7 @@ class Desk:
         self._gate = gate
         self._board = board
         self._post = board.posts[worker]
+        self._number = worker + 1
         self._requests = requests
         self._first_row = worker * TASKS_MAX
         self._seats: dict[object, _Seat] = {}
@@ -194,7 +196,7 @@ class Desk:
         if seat.request != request:  # for one setxattr pyfuse3 calls getxattr first
             self._requests.begin(seat.row, request)
             if seat.request is None:
-                self._post.in_hand += 1
+                self._post.took()
             seat.request = request
 
     def _came_back(self) -> None:
@@ -215,9 +217,7 @@ class Desk:
 
     def _end(self, seat: _Seat) -> None:
         self._requests.end(seat.row)
-        post = self._post
-        post.in_hand -= 1
-        post.answered += 1
+        self._post.gave()
 
     def _hand_over(self, seat: _Seat, request: Request, size: int) -> None:
         """Let pyfuse3 read the *request* of *size* bytes that is in the buffer, next."""
@@ -295,13 +295,23 @@ class Desk:
                 raise
             return 0
 
+    def _watch(self, patience_ms: int) -> bool:
+        """Return whether there is a request; wait for it unless another worker does."""
+        board = self._board
+        if board.watcher not in (0, self._number):
+            return bool(self._poll.poll(0))
+        board.watcher = self._number
+        found = self._poll.poll(patience_ms)
+        board.watcher = 0
+        return bool(found)
+
     def _serve(self, patience_ms: int) -> _Came:
-        """Answer what comes within *patience_ms* of each other, until something is not for us."""
+        """Answer requests until one is not for us, or none comes: the first within *patience_ms*."""
         seat = self._seats[trio.lowlevel.current_task()]
-        poll, requests, post, buffer = self._poll.poll, self._requests, self._post, self._buffer
+        requests, post, buffer = self._requests, self._post, self._buffer
         while self._in_a_row < _IN_A_ROW:
             self._in_a_row += 1
-            if not poll(patience_ms):
+            if not self._watch(patience_ms):
                 return _Came.NOTHING
             if not self._try_gate():
                 if self._board.paused:
@@ -316,19 +326,21 @@ class Desk:
             if not size:
                 continue
             raw = buffer[:size]
-            request = wire.parse(raw).request
-            if request.opcode in wire.UNANSWERED:
+            head = wire.IN_HEADER.unpack_from(raw)
+            if head[1] in wire.UNANSWERED:
                 self._release_gate()
                 continue
+            request = wire.identify(head, raw)
             requests.begin(seat.row, request)
-            post.in_hand += 1
+            post.took()
             self._release_gate()
-            reply = self.express(raw, seat.row)
+            reply = self.express(head, raw, seat.row)
             if reply is None:
                 self._hand_over(seat, request, size)
                 return _Came.ONE_FOR_PYFUSE3
             self._write(reply)
             self._end(seat)
+            patience_ms = 0 if self.wait.count else _MOMENT_MS
         return _Came.MANY
 
     async def _wait_for_request(self, _: int) -> None:
@@ -338,20 +350,27 @@ class Desk:
                 self._asked = True
                 return  # INIT waits in the socket
             self._take_over()
-        turns = 0
+        naps = 0
+        patience_ms = 0 if self.wait.count else _MOMENT_MS
         while True:
-            came = self._serve(0 if self.wait.count or turns else _MOMENT_MS)
+            answered = self._post.answered
+            came = self._serve(patience_ms)
             if came is _Came.ONE_FOR_PYFUSE3:
                 return
             if came is _Came.MANY:
-                self._in_a_row = turns = 0
+                self._in_a_row = 0
                 await trio.lowlevel.checkpoint()
                 continue
-            if self._board.paused or turns > _TURNS_MAX:
-                await trio.sleep(_PAUSE_S)
             self._in_a_row = 0
-            await trio.lowlevel.wait_readable(self._fuse)
-            turns += 1
+            if self._post.answered != answered:
+                naps = 0
+            if self._board.paused or 0 < naps <= _NAPS_MAX:
+                await trio.sleep(_NAP_S * 2 ** max(0, naps - 1))
+            else:
+                await trio.lowlevel.wait_readable(self._fuse)
+                naps = 0
+            naps += 1
+            patience_ms = 0
 
 
 def at_desk(desk: Desk, operations: T) -> T:

@@ -21,9 +21,8 @@ from imgfs.disk import WouldBlock
 from imgfs.errors import ImgfsError
 from imgfs.replies import KEEP_CACHE, NO_FLUSH, Reply
 from imgfs.store import Store
-from imgfs.wire import IN_HEADER, Opcode
+from imgfs.wire import IN_HEADER, Head, Opcode
 
-# Programs that write less than this wait for each answer; more is better copied by a thread.
 _U32 = struct.Struct("<I")
 _HANDLE = struct.Struct("<Q")
 _RANGE = struct.Struct("<QQI")  # handle, offset, size
@@ -55,12 +54,12 @@ class Express:
                 Opcode.UNLINK: self._unlink,
             }
 
-    def answer(self, request: memoryview, row: int) -> Reply | None:
-        """Do what *request*, whole as the device gave it, asks for; None: nothing was done.
+    def answer(self, head: Head, request: memoryview, row: int) -> Reply | None:
+        """Do what *request*, as the device gave it, with *head* in front, asks for; None: nothing was done.
 
         *row* is where it is noted as being in hand.
         """
-        _, opcode, unique, node, uid, gid, thread, _, _ = IN_HEADER.unpack_from(request)
+        _, opcode, unique, node, uid, gid, thread, _, _ = head
         answer = self._by_opcode.get(opcode)
         if answer is None:
             return None

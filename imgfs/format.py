@@ -320,6 +320,12 @@ def pack_needle_header(needle: Needle, seed: int, offset: int) -> bytes:
     return fixed + CHECKSUM.pack(needle.checksum) + tail
 
 
+def header_checksum(data: Buffer, end: int, seed: int, offset: int) -> int:
+    """Return the checksum that a header which starts *data*, and ends with its name before *end*, has at *offset*."""
+    covered = bytes(data[: NEEDLE_HEADER.size]) + bytes(data[NEEDLE_HEADER_BYTES:end])
+    return xxhash.xxh3_64_intdigest(covered, (seed + offset) & 0xFFFF_FFFF_FFFF_FFFF)
+
+
 def unpack_needle_header(data: Buffer, seed: int, offset: int) -> Needle | None:
     """Return the needle whose header starts *data* and stands at *offset* of its volume.
 
@@ -332,11 +338,10 @@ def unpack_needle_header(data: Buffer, seed: int, offset: int) -> Needle | None:
     durable, data_size, uid, gid, mode, owner, name_bytes = fields[10:]
     if magic != NEEDLE_MAGIC or not NEEDLE_HEADER_BYTES <= header_bytes <= len(data) - name_bytes:
         return None
-    tail = bytes(data[NEEDLE_HEADER_BYTES : header_bytes + name_bytes])
     (checksum,) = CHECKSUM.unpack_from(data, NEEDLE_HEADER.size)
-    fixed = bytes(data[: NEEDLE_HEADER.size])
-    if checksum != xxhash.xxh3_64_intdigest(fixed + tail, (seed + offset) & 0xFFFF_FFFF_FFFF_FFFF):
+    if checksum != header_checksum(data, header_bytes + name_bytes, seed, offset):
         return None
+    tail = bytes(data[NEEDLE_HEADER_BYTES : header_bytes + name_bytes])
     extras_bytes = header_bytes - NEEDLE_HEADER_BYTES
     return Needle(
         kind=kind,

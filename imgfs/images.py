@@ -116,6 +116,8 @@ class Images:
             if record.flags & (Flag.STAGED | Flag.UNBORN):
                 return
             try:
+                if nowait and record.size <= _NOT_KEPT_BYTES and self._is_resident(inode, record):
+                    return
                 self.whole(inode, record, nowait=nowait, fresh=True)
                 return
             except Damaged:
@@ -123,6 +125,11 @@ class Images:
                     if not record.live and not self._handles.in_use(slot_of(inode)):
                         raise Stale(f"inode {inode:#x} is gone, and so are its bytes") from None
                     raise
+
+    def _is_resident(self, inode: int, record: Record) -> bool:
+        """Return whether the needle of *inode* is whole; only of one that is can it be said so soon. WouldBlock."""
+        volume = self._volumes.get(record.volume).volume
+        return volume.holds(inode, record.kind, record.offset8 * ALIGNMENT, record.size)
 
     def whole(self, inode: int, record: Record, *, nowait: bool = False, fresh: bool = False) -> Whole:
         """Return the needle of *inode*, its header verified, and its data too if that is at most 4 MiB.

@@ -5,14 +5,19 @@ Owns the file of one volume. Must not know the table or the index; it finds need
 *Concurrency:* reading keeps no state, so any thread may; appending is for the holder of the table's lock.
 """
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+from crc32c import crc32c
 
 from imgfs.disk import Buffer, Disk
 from imgfs.errors import Damaged
 from imgfs.format import (
     ALIGNMENT,
+    CHECKSUM,
     CHUNK_BYTES,
+    FOOTER,
     NEEDLE_HEADER,
     NEEDLE_HEADER_BYTES,
     NEEDLE_HEADER_BYTES_MAX,
@@ -25,6 +30,7 @@ from imgfs.format import (
     aligned,
     checksums,
     footer_bytes,
+    header_checksum,
     pack_footer,
     pack_needle_header,
     pack_volume_header,
@@ -37,6 +43,8 @@ from imgfs.plausible import plausible_header, plausible_needle
 # A scan reads so much at once: many small needles, or one header and a little of a large image.
 _WINDOW_BYTES = 256 << 10
 HOLE_BYTES = 4096  # what is freed is a multiple of this, at multiples of it
+# Magic, header length, kind, inode, data size and name length in a header.
+_PLACING = operator.itemgetter(0, 1, 2, 5, 11, 16)
 _MAGIC = NEEDLE_MAGIC.to_bytes(4, "little")
 
 
@@ -135,6 +143,31 @@ class Volume:
         if needle is None:
             raise Damaged(f"volume {self.header.volume_id}, offset {offset}: the header of this image is damaged")
         return needle
+
+    def holds(self, inode: int, kind: int, offset: int, size: int) -> bool:
+        """Return whether what lies at *offset* is the whole needle of *inode* with *size* bytes of data, at most a MiB.
+
+        As good as `unpack`, `footer_of` and a checksum, in a third of the time: every `open` asks for this.
+
+        Raises:
+            WouldBlock: some of it is not in memory.
+        """
+        data = self.read_resident(offset, NEEDLE_HEADER_BYTES_MAX + size + FOOTER.size)
+        if len(data) < NEEDLE_HEADER_BYTES:
+            return False
+        fields = NEEDLE_HEADER.unpack_from(data)
+        magic, header_bytes, its_kind, its_inode, its_size, name_bytes = _PLACING(fields)
+        start = header_bytes + name_bytes
+        if (magic, its_kind, its_inode, its_size) != (NEEDLE_MAGIC, kind, inode, size) or start > len(data):
+            return False
+        (checksum,) = CHECKSUM.unpack_from(data, NEEDLE_HEADER.size)
+        if checksum != header_checksum(data, start, self._seed, offset):
+            return False
+        if not size:
+            return True
+        view = memoryview(data)
+        sums = unpack_footer(view[start + size :], size, checksum)
+        return sums is not None and sums.data == crc32c(view[start : start + size])
 
     def unpack(self, data: Buffer, offset: int) -> Needle | None:
         """Return the needle whose header starts *data*, read at *offset*; None if it is not whole or makes no sense."""

@@ -17,6 +17,9 @@ IN_HEADER = struct.Struct("<IIQQIIIHH")
 OUT_HEADER = struct.Struct("<IiQ")
 assert (IN_HEADER.size, OUT_HEADER.size) == (40, 16)
 
+# IN_HEADER, unpacked.
+Head = tuple[int, int, int, int, int, int, int, int, int]
+
 # The kernel refuses to hand a request to a smaller buffer.
 READ_BYTES_MIN = 8192
 # What a request carries beside the data of a write.
@@ -96,11 +99,18 @@ class RawRequest(NamedTuple):
 
 def parse(data: memoryview | bytes) -> RawRequest:
     """Return what *data*, all of one request, identifies."""
-    _, opcode, unique, node, _, _, thread, _, _ = IN_HEADER.unpack_from(data)
-    body = bytes(data[IN_HEADER.size : _PARSED_BYTES_MAX])
+    head = IN_HEADER.unpack_from(data)
+    return RawRequest(head[2], identify(head, data))
+
+
+def identify(head: Head, data: memoryview | bytes) -> Request:
+    """Return what tells the request *data*, which begins with *head*, from others."""
+    _, opcode, _, node, _, _, thread, _, _ = head
     read = _BODIES.get(opcode)
-    opcode, anonymous, key = read(body) if read is not None else (opcode, False, 0)
-    return RawRequest(unique, Request(opcode, 0, 0, key) if anonymous else Request(opcode, thread, node, key))
+    if read is None:
+        return Request(opcode, thread, node, 0)
+    opcode, anonymous, key = read(bytes(data[IN_HEADER.size : _PARSED_BYTES_MAX]))
+    return Request(opcode, 0, 0, key) if anonymous else Request(opcode, thread, node, key)
 
 
 def error_reply(unique: int, number: int) -> bytes:
