@@ -6,6 +6,7 @@ wants; a needle comes in, and lies on disk and in the table when `append` return
 *Concurrency:* everything under `Memory.lock` but the wait for the disk in `sync`.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
@@ -36,6 +37,10 @@ from imgfs.volume import Volume
 
 __all__ = ["SMALL_BYTES", "Log", "Part"]
 
+# With so much room nobody asks the disk for so long, or until a part of it is taken; every worker may take one.
+_PLENTY_BYTES = 4096 * MIB
+_PLENTY_PART = 64
+_PLENTY_S = 0.05
 # Kept free below the format's limit, for the needles that settle directories and seal the volume.
 _END_BYTES = 64 * MIB
 # More than the headers and names of any change that is not large.
@@ -44,6 +49,10 @@ _ROLL_BYTES = 4096
 
 class Log(FailedSync):
     """The writing end of a store that is open for writing."""
+
+    # Bytes that need no question whether there is room, and until when.
+    _granted_bytes = 0
+    _granted_until_s = 0.0
 
     # -- volumes ----------------------------------------------------------------------------------------------
 
@@ -167,8 +176,16 @@ class Log(FailedSync):
             return self._write(*parts, row=self.requester if answers else NOBODY, staged=staged)
 
     def _has_room(self, size: int) -> bool:
+        # Every change asks. Where there is plenty, a small part of that is taken for granted for a moment.
+        now_s = time.monotonic()
+        if size <= self._granted_bytes and now_s < self._granted_until_s:
+            self._granted_bytes -= size
+            return True
         space = self._disk.space(self._directory)
-        return space.f_bavail * space.f_frsize >= size + self._settings.headroom_bytes
+        room = space.f_bavail * space.f_frsize - self._settings.headroom_bytes
+        plenty = room >= _PLENTY_BYTES
+        self._granted_bytes, self._granted_until_s = (room // _PLENTY_PART if plenty else 0), now_s + _PLENTY_S
+        return room >= size
 
     def check_room(self, size: int) -> None:
         """Raise StoreFull where *size* more bytes would take the space that deleting needs."""

@@ -6,6 +6,7 @@ Owns the staging files and entries. Must not know needles: the store turns an en
 in the table. Any process can open the file of an entry by its number.
 """
 
+import struct
 import threading
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -21,6 +22,9 @@ DIRTY = 1  # flag: differs from what the volumes hold
 SPOILED = 2  # flag: a write found the disk full, so that this is not what somebody meant
 ATTRIBUTED = 4  # flag: extended attributes wait in a file of their own for the first needle of the image
 _TURN = 8  # flag: which of two such files it is
+_EMPTY = 16  # flag of an entry that nobody finds: its file holds nothing
+
+_U64 = struct.Struct("<Q")
 
 
 class Staged(NamedTuple):
@@ -76,7 +80,7 @@ class Staging:
     def find(self, inode: int) -> int:
         """Return the number of the entry of *inode*, -1 if it is not being written."""
         number = self._numbers.get(inode, -1)
-        if number >= 0 and self.entry(number).inode == inode:
+        if number >= 0 and _U64.unpack_from(self._memory.map, STAGED_AT + STAGED_BYTES * number)[0] == inode:
             return number
         used = self._memory.words[Word.STAGED]
         inodes = np.ndarray((used,), "<u8", self._memory.map, STAGED_AT, (STAGED_BYTES,))
@@ -126,7 +130,8 @@ class Staging:
         number = int(free[0]) if len(free) else used
         if number >= STAGED_MAX:
             raise TooManyOpen(f"{STAGED_MAX} images are being written; close some")
-        self.free(number)
+        if number == used or self.entry(number).flags != _EMPTY:
+            self.free(number)
         try:
             at = 0
             for piece in pieces:
@@ -155,6 +160,9 @@ class Staging:
     def free(self, number: int) -> None:
         """Free the bytes of entry *number*, which nobody finds."""
         self._disk.truncate(self.file(number), 0)
+        state = STAGED_STATE.pack(_EMPTY, 0, 0, 0, 0)
+        at = STAGED_AT + STAGED_BYTES * number + AT_STAGED_STATE
+        self._memory.map[at : at + len(state)] = state
 
     def inodes(self) -> list[int]:
         """Return the inodes of all entries."""

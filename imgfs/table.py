@@ -33,6 +33,7 @@ from imgfs.layout import (
     AT_SUBDIRECTORIES,
     RECORD,
     RECORD_BYTES,
+    RECORDS_AT,
     SLOTS_MAX,
     SUBDIRECTORIES_MANY,
     VOLUME,
@@ -48,6 +49,8 @@ from imgfs.rare import NOTHING, Rare
 from imgfs.records import Place, Record, VolumeEntry
 
 _U16 = struct.Struct("<H")
+# `Record._make` of what has the right number of fields by nature; records are read some thirty times for one image.
+_record: Callable[..., Record] = tuple.__new__
 _TIMES = struct.Struct("<qI")  # mtime and ctime, next to each other in a record
 _KIND = int(Flag.KIND)
 # A freed slot that a handle still needs goes to the end of the queue; after so many a new slot is taken.
@@ -85,7 +88,7 @@ class Table(Owners):
         """Return the record of *slot*; all zeros for one never used."""
         if not 0 <= slot < SLOTS_MAX:
             return Record._make(RECORD.unpack(bytes(RECORD_BYTES)))
-        return Record._make(RECORD.unpack_from(self._map, record_at(slot)))
+        return _record(Record, RECORD.unpack_from(self._map, RECORDS_AT + RECORD_BYTES * slot))
 
     def whole_record(self, slot: int) -> Record:
         """Return the record of *slot* as it was before or after a change; outside of any.

@@ -20,7 +20,7 @@ from imgfs.disk import Buffer, Disk, WouldBlock
 
 _BLOCK_BYTES = 512
 _HOLE_BYTES = 4096
-_ENDLESS_BYTES = 1 << 50
+_ENDLESS_BYTES = 1 << 31  # less than what a log takes for plenty, so that it asks at every change
 
 
 class PowerCut(BaseException):
