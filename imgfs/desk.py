@@ -14,6 +14,7 @@ in memory, which for one read takes the place of the device that libfuse has. Wh
 its row. Timers and signals come at most `_IN_A_ROW` requests or moments late.
 """
 
+import contextlib
 import enum
 import errno
 import os
@@ -147,6 +148,13 @@ class Desk:
         self._handed_bytes = 0
         self._asked = False
 
+    def close(self) -> None:
+        """Free what a desk has that nobody serves from."""
+        self._theirs.close()
+        self._ours.close()
+        os.close(self._handed)
+        self._gate.close()
+
     # -- pyfuse3's session ------------------------------------------------------------------------------------
 
     @property
@@ -239,6 +247,15 @@ class Desk:
         except OSError as error:
             if error.errno != errno.ENOENT:  # nobody waits for it any more
                 raise
+
+    def forget(self, inode: int, parent: int, name: bytes) -> None:
+        """Let the kernel ask again what it remembers of an image: the bytes in its page cache never became the image.
+
+        Waits for requests that are under way, so it must be called in a thread.
+        """
+        for message in (wire.forget_inode(inode), wire.forget_name(parent, name)):
+            with contextlib.suppress(OSError):  # it remembers nothing
+                os.write(self._fuse, message)
 
     def waited(self, time_ns: int) -> None:
         """Note that a request had to wait for the disk for so long."""

@@ -13,7 +13,6 @@ in a thread. State changes between two awaits; those that copy much run in a thr
 others waiting meanwhile. What tells the kernel to forget is called from a thread: it can wait for the loop.
 """
 
-import contextlib
 import errno
 import functools
 import itertools
@@ -298,7 +297,7 @@ class Filesystem(pyfuse3.Operations):
             await self._change_of(size, store.release, fh)
         except ImgfsError as error:
             log.error("what was written to %r is lost: %s", name, error)
-            await self._in_thread(_forget_in_kernel, inode, parent, name)
+            await self._in_thread(self._desk.forget, inode, parent, name)
             raise FUSEError(error.errno) from None  # there is no other try
 
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -367,16 +366,6 @@ class Filesystem(pyfuse3.Operations):
         except Stale:
             return True
         return pyfuse3.readdir_reply(token, entry.name, attributes, entry.key + 2)
-
-
-def _forget_in_kernel(inode: int, parent: int, name: bytes) -> None:
-    """Let the kernel ask again what it remembers of an image: the bytes in its page cache never became the image.
-
-    Waits for requests that are under way, so it must be called in a thread.
-    """
-    for forget, arguments in ((pyfuse3.invalidate_inode, (inode,)), (pyfuse3.invalidate_entry, (parent, name))):
-        with contextlib.suppress(OSError):  # it remembers nothing
-            forget(*arguments)
 
 
 def _first_entries(store: Store, directory: int, after: int) -> list[Entry]:

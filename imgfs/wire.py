@@ -34,6 +34,11 @@ RESENT = 1 << 63
 _NOTIFY_RESEND = 7
 RESEND = OUT_HEADER.pack(OUT_HEADER.size, _NOTIFY_RESEND, 0)
 
+_NOTIFY_INVAL_INODE = 2
+_NOTIFY_INVAL_ENTRY = 3
+_INVAL_INODE = struct.Struct("<Qqq")  # inode, offset, length: 0 for all
+_INVAL_ENTRY = struct.Struct("<QII")  # parent, length of the name, flags
+
 _INIT_IN = struct.Struct("<IIIII")  # major, minor, max_readahead, flags, flags2
 _INIT_EXT = 1 << 30
 _HAS_RESEND_2 = 1 << 39 - 32
@@ -116,6 +121,17 @@ def identify(head: Head, data: memoryview | bytes) -> Request:
 def error_reply(unique: int, number: int) -> bytes:
     """Return the answer that makes the request *unique* fail with errno *number*."""
     return OUT_HEADER.pack(OUT_HEADER.size, -number, unique)
+
+
+def forget_inode(inode: int) -> bytes:
+    """Return what makes the kernel drop all pages and attributes of *inode*."""
+    return OUT_HEADER.pack(OUT_HEADER.size + _INVAL_INODE.size, _NOTIFY_INVAL_INODE, 0) + _INVAL_INODE.pack(inode, 0, 0)
+
+
+def forget_name(parent: int, name: bytes) -> bytes:
+    """Return what makes the kernel drop what it knows of *name* in *parent*."""
+    head = OUT_HEADER.pack(OUT_HEADER.size + _INVAL_ENTRY.size + len(name) + 1, _NOTIFY_INVAL_ENTRY, 0)
+    return head + _INVAL_ENTRY.pack(parent, len(name), 0) + name + b"\0"
 
 
 def can_resend(init: bytes) -> bool:

@@ -50,6 +50,11 @@ def never_resent(_: str) -> None:
     wire.can_resend = lambda init: False  # type: ignore[assignment]
 
 
+def never_at_once(_: str) -> None:
+    """Workers answer nothing on the spot: pyfuse3 gets every request."""
+    Express.answer = lambda *_: None  # type: ignore[method-assign,assignment]
+
+
 def hang_at_name(name: str) -> None:
     """A worker that looks *name* up does not come back from it, the first time."""
     marker, _, name = name.rpartition(":")
@@ -164,6 +169,7 @@ FAULTS = {
     "die-at-step": die_at_step,
     "hang-at-name": hang_at_name,
     "hold-the-gate": hold_the_gate,
+    "never-at-once": never_at_once,
     "never-resent": never_resent,
 }
 

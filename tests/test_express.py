@@ -1,0 +1,236 @@
+"""What is answered on the spot is what pyfuse3's handlers answer; what cannot be is left to them, undone."""
+
+import os
+import stat
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mounted import Mounted
+from stores import TINY, content, disk_of, names, new_store, put
+
+from imgfs.acts import Acts, Manner
+from imgfs.board import Board
+from imgfs.calls import INLINE_BYTES, Calls
+from imgfs.desk import Desk
+from imgfs.device import DEVICE, Device
+from imgfs.express import Express
+from imgfs.gate import Gate, make_gate
+from imgfs.replies import Reply
+from imgfs.requests import Request
+from imgfs.store import ROOT, Store
+from imgfs.wire import IN_HEADER, OUT_HEADER, Opcode
+
+ROW = 0
+PID = 4321
+MODE = stat.S_IFREG | 0o640
+_HANDLE = struct.Struct("<Q")
+
+
+class Door:
+    """Sends requests, as the kernel has them, to an `Express` of a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._device = Device(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC), b"")
+        self._gate = make_gate()
+        self._desk = Desk(0, self._device, Gate(self._gate), Board(), store.requests)
+        self._express = Express(store, Acts(store, Manner(60.0)), Calls(store, self._desk))
+
+    def close(self) -> None:
+        self._desk.close()
+        self._device.close()
+        os.close(self._gate)
+
+    def ask(self, opcode: int, node: int, body: bytes) -> Reply | None:
+        head = (IN_HEADER.size + len(body), opcode, 7, node, 1000, 100, PID, 0, 0)
+        reply = self._express.answer(head, memoryview(IN_HEADER.pack(*head) + body), ROW)
+        if reply is not None:
+            assert OUT_HEADER.unpack_from(reply[0]) == (sum(map(len, reply)), 0, 7)
+        return reply
+
+    def lookup(self, name: bytes) -> Reply | None:
+        return self.ask(Opcode.LOOKUP, ROOT, name + b"\0")
+
+    def open(self, inode: int, flags: int = os.O_RDONLY) -> int | None:
+        reply = self.ask(Opcode.OPEN, inode, struct.pack("<II", flags, 0))
+        return None if reply is None else _HANDLE.unpack_from(reply[1])[0]
+
+    def read(self, handle: int, offset: int, size: int) -> bytes | None:
+        reply = self.ask(Opcode.READ, 0, struct.pack("<QQIIQII", handle, offset, size, 0, 0, 0, 0))
+        return None if reply is None else bytes(reply[1])
+
+    def create(self, name: bytes) -> tuple[int, int] | None:
+        reply = self.ask(Opcode.CREATE, ROOT, struct.pack("<IIII", os.O_WRONLY, MODE, 0, 0) + name + b"\0")
+        if reply is None:
+            return None
+        return _HANDLE.unpack_from(reply[1])[0], _HANDLE.unpack_from(reply[2])[0]
+
+    def write(self, handle: int, data: bytes) -> Reply | None:
+        return self.ask(Opcode.WRITE, 0, struct.pack("<QQIIQII", handle, 0, len(data), 0, 0, 0, 0) + data)
+
+    def flush(self, handle: int) -> Reply | None:
+        return self.ask(Opcode.FLUSH, 0, struct.pack("<QIIQ", handle, 0, 0, 0))
+
+    def release(self, handle: int) -> Reply | None:
+        return self.ask(Opcode.RELEASE, 0, struct.pack("<QIIQ", handle, 0, 0, 0))
+
+    def unlink(self, name: bytes) -> Reply | None:
+        return self.ask(Opcode.UNLINK, ROOT, name + b"\0")
+
+
+@pytest.fixture
+def door() -> Iterator[Door]:
+    door = Door(new_store())
+    yield door
+    door.close()
+
+
+def test_an_image_is_written_read_and_removed(door: Door) -> None:
+    created = door.create(b"image")
+    assert created is not None
+    inode, handle = created
+    assert door.write(handle, b"bytes") is not None
+    assert door.flush(handle) is not None
+    assert content(door.store, inode) == b"bytes", "what was flushed is the image"
+    assert door.release(handle) is not None
+    reading = door.open(inode)
+    assert reading is not None
+    assert door.read(reading, 1, 100) == b"ytes"
+    assert door.flush(reading) is not None
+    assert door.release(reading) is not None
+    assert door.lookup(b"image") is not None
+    assert door.unlink(b"image") is not None
+    assert names(door.store) == set()
+
+
+def test_what_waits_for_the_disk_is_left_to_a_thread(door: Door) -> None:
+    inode = put(door.store, ROOT, b"image")
+    handle = door.open(inode)
+    assert handle is not None
+    disk_of(door.store).cold = True
+    assert door.lookup(b"image") is None
+    assert door.open(inode) is None
+    assert door.read(handle, 0, 9) is None
+    assert door.store.requests.in_hand(0) == []
+
+
+def test_what_somebody_else_holds_up_is_left_undone(door: Door) -> None:
+    created = door.create(b"image")
+    assert created is not None
+    inode, handle = created
+    assert door.write(handle, b"old") is not None
+    holds, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with door.store.lock():
+            holds.set()
+            done.wait(60)
+
+    holding = threading.Thread(target=hold)
+    holding.start()
+    try:
+        assert holds.wait(60)
+        assert door.create(b"other") is None
+        assert door.write(handle, b"new") is None
+        assert door.flush(handle) is None
+        assert door.unlink(b"image") is None
+        reading = door.open(inode)
+        assert reading is not None, "reading takes no lock"
+        assert door.read(reading, 0, 9) == b"old"
+    finally:
+        done.set()
+        holding.join()
+    assert names(door.store) == {b"image"}
+
+
+def test_what_copies_much_is_left_to_a_thread(door: Door) -> None:
+    created = door.create(b"image")
+    assert created is not None
+    inode, handle = created
+    assert door.write(handle, bytes(INLINE_BYTES + 1)) is None
+    assert door.store.attr(inode).size == 0
+    assert TINY.volume_bytes_max > 3 * 4096
+    assert door.write(handle, bytes(TINY.volume_bytes_max)) is None, "the volume would have to be sealed first"
+
+
+def test_errors_and_other_ways_to_open_are_for_the_handlers(door: Door) -> None:
+    inode = put(door.store, ROOT, b"image")
+    assert door.open(inode, os.O_WRONLY) is None
+    assert door.open(inode, os.O_RDONLY | os.O_TRUNC) is None
+    assert door.store.attr(inode).size == 4
+    assert door.open(ROOT) is None
+    assert door.open(inode + (1 << 32)) is None
+    assert door.unlink(b"absent") is None
+    assert door.create(b"image") is None
+    assert door.lookup(b"x" * 256) is None
+    assert door.ask(Opcode.STATFS, ROOT, b"") is None
+    entry = door.lookup(b"absent")
+    assert entry is not None, "a name that is not there is an answer, which the kernel keeps"
+    assert _HANDLE.unpack_from(entry[0], OUT_HEADER.size)[0] == 0
+
+
+def test_a_change_that_a_dead_worker_may_have_applied_is_for_the_handlers(door: Door) -> None:
+    requests = door.store.requests
+    asked = Request(Opcode.UNLINK, PID, ROOT, 5)
+    requests.begin(ROW, asked)
+    with door.store.lock(), door.store._memory.change():
+        requests.applied(ROW, 0)
+    put(door.store, ROOT, b"image")
+    assert requests.settle(0, [asked]) == []
+    assert door.unlink(b"image") is None
+    assert door.create(b"other") is None
+    assert names(door.store) == {b"image"}
+
+
+def test_bytes_that_were_damaged_are_not_opened(door: Door) -> None:
+    inode = put(door.store, ROOT, b"image", b"some bytes")
+    place = door.store.spot(inode)
+    disk = disk_of(door.store)
+    (volume,) = [path for path in disk.paths() if path.endswith(f"{place.volume:08d}.vol")]
+    at = disk.content(volume).index(b"some bytes", place.offset)
+    for offset in (place.offset, place.offset + 40, at - 1, at, at + 9, at + 10, at + 14):
+        disk.flip(volume, offset, 1)
+        assert door.open(inode) is None, offset
+        disk.flip(volume, offset, 1)
+        handle = door.open(inode)
+        assert handle is not None
+        assert door.release(handle) is not None
+
+
+@pytest.mark.mount
+@pytest.mark.root
+def test_pyfuse3_answers_the_same(stopped: Mounted) -> None:
+    """Everything that is answered on the spot, done through both doors of one store."""
+
+    def use(top: Path) -> list[object]:
+        seen: list[object] = []
+        path = top / "image"
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o604)
+        os.write(descriptor, b"some bytes")
+        seen.append(_told(os.fstat(descriptor)))
+        os.close(descriptor)
+        os.chmod(path, 0o4755)
+        os.utime(path, ns=(-1_500_000_000, -2_500_000_001))
+        seen.append(_told(os.stat(path)))
+        seen.append(path.read_bytes())
+        with open(path, "r+b") as file:
+            file.write(b"S")
+        seen.append(_told(os.stat(path)))
+        with open(path, "rb") as file:
+            path.unlink()
+            seen += [file.read(), _told(os.fstat(file.fileno()))]
+        seen.append(path.exists())
+        return seen
+
+    def _told(found: os.stat_result) -> tuple[object, ...]:
+        own = found.st_mtime_ns if found.st_mtime_ns < 0 else 0
+        return found.st_mode, found.st_nlink, found.st_uid, found.st_gid, found.st_size, found.st_blocks, own
+
+    stopped.start("timeout=0")
+    at_once = use(stopped.point)
+    stopped.stop()
+    stopped.start("timeout=0", fault=("never-at-once", ""))
+    assert use(stopped.point) == at_once
