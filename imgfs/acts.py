@@ -9,6 +9,7 @@ Must not know pyfuse3, nor the bytes of requests and answers.
 import contextlib
 import functools
 import stat
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from imgfs.errors import Stale
@@ -40,6 +41,14 @@ class Shown(NamedTuple):
 
     attr: Attr | None  # None: there is no such name
     name_timeout_s: float
+
+
+class Listed(NamedTuple):
+    """An entry of a listing; the kernel goes on behind its *position*."""
+
+    position: int
+    name: bytes
+    attr: Attr
 
 
 def mode_of(attr: Attr) -> int:
@@ -78,9 +87,36 @@ class Acts:
             store.prefetch(inode)
         return Shown(attr, self.manner.timeout_s)
 
-    def is_hidden(self, inode: int) -> bool:
-        """Return whether *inode* is left out of listings."""
-        return self.manner.publish_at_close and self._store.creator(inode) != 0
+    def listing(self, directory: int, position: int, *, nowait: bool = False) -> Iterator[Listed]:
+        """Yield the entries of *directory* behind *position*, 0 for all; `.` and `..` come first.
+
+        Raises:
+            Stale: it is gone.
+            WouldBlock: *nowait* is set and a name is not in memory.
+        """
+        # Positions: 1 is behind `.`, 2 behind `..`, and key + 2 behind the entry with that key.
+        store = self._store
+        if position < 1:
+            yield Listed(1, b".", store.attr(directory))
+        if position < 2:
+            yield Listed(2, b"..", store.attr(self._directory_above(directory)))
+        hides = self.manner.publish_at_close
+        for key, inode, name in store.list(directory, max(position - 2, 0), nowait=nowait):
+            try:
+                if hides and store.creator(inode):
+                    continue
+                attr = store.attr(inode)
+            except Stale:
+                continue  # removed meanwhile
+            yield Listed(key + 2, name, attr)
+
+    def _directory_above(self, directory: int) -> int:
+        try:
+            above = self._store.parent(directory)
+            self._store.attr(above)
+        except Stale:
+            return directory  # both are gone; the number is of no use to anybody
+        return above
 
     def group_in(self, directory: int, gid: int) -> tuple[int, int]:
         """Return the group of what *gid* creates in *directory*, and the mode bit a new directory there inherits."""

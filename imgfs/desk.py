@@ -248,14 +248,20 @@ class Desk:
             if error.errno != errno.ENOENT:  # nobody waits for it any more
                 raise
 
-    def forget(self, inode: int, parent: int, name: bytes) -> None:
-        """Let the kernel ask again what it remembers of an image: the bytes in its page cache never became the image.
+    def forget(self, inode: int) -> None:
+        """Let the kernel ask again for bytes and attributes of *inode*, or for the entries of that directory.
 
         Waits for requests that are under way, so it must be called in a thread.
         """
-        for message in (wire.forget_inode(inode), wire.forget_name(parent, name)):
-            with contextlib.suppress(OSError):  # it remembers nothing
-                os.write(self._fuse, message)
+        self._tell(wire.forget_inode(inode))
+
+    def forget_name(self, parent: int, name: bytes) -> None:
+        """Let the kernel ask again for *name*; in a thread, too."""
+        self._tell(wire.forget_name(parent, name))
+
+    def _tell(self, message: bytes) -> None:
+        with contextlib.suppress(OSError):  # it remembers nothing
+            os.write(self._fuse, message)
 
     def waited(self, time_ns: int) -> None:
         """Note that a request had to wait for the disk for so long."""

@@ -12,14 +12,14 @@ from the start, with all that errors, threads and full disks need. Both ask the 
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from imgfs import replies
-from imgfs.acts import Acts, Shown
+from imgfs.acts import Acts, Listed, Shown
 from imgfs.calls import Calls
 from imgfs.disk import WouldBlock
 from imgfs.errors import ImgfsError
-from imgfs.replies import KEEP_CACHE, NO_FLUSH, Reply
+from imgfs.replies import CACHE_DIRECTORY, KEEP_CACHE, NO_FLUSH, Reply
 from imgfs.store import Store
 from imgfs.wire import IN_HEADER, Head, Opcode
 
@@ -42,6 +42,9 @@ class Express:
         self._by_opcode: dict[int, Callable[[int, int, tuple[int, int, int], memoryview, int], Reply | None]] = {
             Opcode.LOOKUP: self._lookup,
             Opcode.GETATTR: self._getattr,
+            Opcode.OPENDIR: self._opendir,
+            Opcode.READDIRPLUS: self._readdirplus,
+            Opcode.RELEASEDIR: self._releasedir,
             Opcode.OPEN: self._open,
             Opcode.READ: self._read,
             Opcode.FLUSH: self._flush,
@@ -84,6 +87,19 @@ class Express:
         attr = self._store.attr(node)
         atime_ns = self._store.access_times.get(node, attr.mtime_ns)
         return replies.attributes(unique, attr, atime_ns, self._timeout_s)
+
+    def _opendir(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply:
+        # What a directory shows depends on who asks, where images are published when they are closed.
+        keep = 0 if self._acts.manner.publish_at_close else KEEP_CACHE | CACHE_DIRECTORY
+        return replies.opened(unique, node, keep)
+
+    def _readdirplus(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply:
+        directory, position, size = _RANGE.unpack_from(body)
+        listing = _until_it_blocks(self._acts.listing(directory, position, nowait=True))
+        return replies.listing(unique, listing, self._store.access_times, self._timeout_s, size)
+
+    def _releasedir(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply:
+        return replies.done(unique)
 
     # -- open images ------------------------------------------------------------------------------------------
 
@@ -142,3 +158,15 @@ class Express:
             return None
         self._calls.at_once(row, 0, self._store.unlink, node, bytes(body[:-1]))
         return replies.done(unique)
+
+
+def _until_it_blocks(listing: Iterator[Listed]) -> Iterator[Listed]:
+    """Yield what comes of *listing*; a short answer is an answer, and the kernel comes back for the rest."""
+    came = False
+    try:
+        for listed in listing:
+            yield listed
+            came = True
+    except WouldBlock:
+        if not came:
+            raise

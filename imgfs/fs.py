@@ -25,15 +25,15 @@ from typing import TypeVar
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
-from imgfs.acts import BLOCK_BYTES, Acts, Shown, mode_of
+from imgfs.acts import BLOCK_BYTES, Acts, Listed, Shown, mode_of
 from imgfs.answers import all_answered
 from imgfs.calls import Calls
 from imgfs.desk import Desk
 from imgfs.disk import WouldBlock
 from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, Stale, StoreFull
-from imgfs.format import NAME_BYTES_MAX
+from imgfs.format import NAME_BYTES_MAX, Kind
 from imgfs.group_sync import GroupSync
-from imgfs.store import PERMISSIONS, Attr, Entry, Store
+from imgfs.store import PERMISSIONS, Attr, Store
 
 log = logging.getLogger(__name__)
 
@@ -112,12 +112,22 @@ class Filesystem(pyfuse3.Operations):
         if flags == pyfuse3.RENAME_EXCHANGE:
             if self._desk.resent() is None:
                 await self._change(self._store.exchange, parent, name, new_parent, new_name)
+            await self._moved(parent, name, new_parent)
+            await self._moved(new_parent, new_name, parent)
             return
         if flags not in (0, pyfuse3.RENAME_NOREPLACE):
             raise InvalidArgument("a rename may exchange, or not replace; there is nothing else")
         if self._desk.resent() is None:
             rename = functools.partial(self._store.rename, replace=not flags)
             await self._change(rename, parent, name, new_parent, new_name)
+        await self._moved(new_parent, new_name, parent)
+
+    async def _moved(self, parent: int, name: bytes, old_parent: int) -> None:
+        """Let the kernel list a directory anew that lies elsewhere now: what it keeps says what was above it."""
+        if parent != old_parent:
+            inode = await self._cold(self._store.find, parent, name)
+            if inode and self._store.attr(inode).kind == Kind.DIRECTORY:
+                await self._in_thread(self._desk.forget, inode)
 
     async def link(self, inode: int, new_parent: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         if self._desk.resent() is None:
@@ -194,27 +204,22 @@ class Filesystem(pyfuse3.Operations):
         return inode
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        # Positions: 1 is behind `.`, 2 behind `..`, and key + 2 behind the entry with that key.
-        store = self._store
-        if start_id < 1 and not pyfuse3.readdir_reply(token, b".", self._entry(store.attr(fh)), 1):
-            return
-        if start_id < 2 and not pyfuse3.readdir_reply(token, b"..", self._entry_of_parent(fh), 2):
-            return
-        after = max(start_id - 2, 0)
-        shown = start_id < 2
+        shown = False
         try:
-            for entry in store.list(fh, after, nowait=True):
-                if not self._show(entry, token):
+            for listed in self._acts.listing(fh, start_id, nowait=True):
+                if not self._show(listed, token):
                     return
                 shown = True
         except Stale:
+            if start_id < 1:
+                raise
             return  # removed while it was open: nothing is in it
         except WouldBlock:
             # A short answer is an answer: the kernel comes back for the rest.
             if shown:
                 return
-            for entry in await self._in_thread(_first_entries, store, fh, after):
-                if not self._show(entry, token):
+            for listed in await self._in_thread(_first_entries, self._acts, fh, start_id):
+                if not self._show(listed, token):
                     return
 
     async def releasedir(self, fh: int) -> None:
@@ -297,7 +302,8 @@ class Filesystem(pyfuse3.Operations):
             await self._change_of(size, store.release, fh)
         except ImgfsError as error:
             log.error("what was written to %r is lost: %s", name, error)
-            await self._in_thread(self._desk.forget, inode, parent, name)
+            await self._in_thread(self._desk.forget, inode)
+            await self._in_thread(self._desk.forget_name, parent, name)
             raise FUSEError(error.errno) from None  # there is no other try
 
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -351,22 +357,10 @@ class Filesystem(pyfuse3.Operations):
         entry.st_ctime_ns = attr.ctime_ns
         return entry
 
-    def _entry_of_parent(self, directory: int) -> EntryAttributes:
-        try:
-            return self._entry(self._store.attr(self._store.parent(directory)))
-        except Stale:
-            return self._entry(self._store.attr(directory))  # both are gone; the number is of no use to anybody
-
-    def _show(self, entry: Entry, token: pyfuse3.ReaddirToken) -> bool:
-        """Add *entry* to the listing *token*; return False when that is full."""
-        try:
-            if self._acts.is_hidden(entry.inode):
-                return True
-            attributes = self._entry(self._store.attr(entry.inode))
-        except Stale:
-            return True
-        return pyfuse3.readdir_reply(token, entry.name, attributes, entry.key + 2)
+    def _show(self, listed: Listed, token: pyfuse3.ReaddirToken) -> bool:
+        """Add *listed* to the listing *token*; return False when that is full."""
+        return pyfuse3.readdir_reply(token, listed.name, self._entry(listed.attr), listed.position)
 
 
-def _first_entries(store: Store, directory: int, after: int) -> list[Entry]:
-    return list(itertools.islice(store.list(directory, after), LISTING_BATCH))
+def _first_entries(acts: Acts, directory: int, position: int) -> list[Listed]:
+    return list(itertools.islice(acts.listing(directory, position), LISTING_BATCH))

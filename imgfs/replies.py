@@ -4,8 +4,10 @@ Owns their structs (include/uapi/linux/fuse.h). Must not know which request they
 """
 
 import struct
+from collections.abc import Iterable
 
-from imgfs.acts import BLOCK_BYTES, mode_of
+from imgfs.acts import BLOCK_BYTES, Listed, mode_of
+from imgfs.atimes import AccessTimes
 from imgfs.disk import Buffer
 from imgfs.view import Attr
 from imgfs.wire import OUT_HEADER
@@ -14,6 +16,8 @@ from imgfs.wire import OUT_HEADER
 Reply = tuple[Buffer, ...]
 
 KEEP_CACHE = 1 << 1
+# The kernel keeps a listing until the directory changes.
+CACHE_DIRECTORY = 1 << 3
 # No FLUSH when a descriptor is closed (Linux 5.16; older kernels do not know it, and go on asking).
 NO_FLUSH = 1 << 5
 
@@ -21,12 +25,16 @@ _SECOND_NS = 1_000_000_000
 
 # inode, size, blocks, atime, mtime, ctime, their nanoseconds, mode, links, uid, gid, device, block size, flags
 _ATTR = "QQQqqqIIIIIIIIII"
-# after the header: node, generation, seconds the name and the attributes may be remembered, nanoseconds of both
-_ENTRY = struct.Struct("<IiQ" + "QQQQII" + _ATTR)
+# node, generation, seconds the name and the attributes may be remembered, nanoseconds of both
+_NODE = "QQQQII" + _ATTR
+_ENTRY = struct.Struct("<IiQ" + _NODE)  # behind the header
+_LISTED = struct.Struct("<" + _NODE + "QQII")  # inode, position, length of the name, type; the name follows
 # after the header: seconds, nanoseconds, padding
 _ATTRIBUTES = struct.Struct("<IiQ" + "QII" + _ATTR)
 _OPEN = struct.Struct("<QII")  # handle, flags, padding
 _WRITTEN = struct.Struct("<IiQ" + "II")
+_ALIGNMENT = 8
+_SELF_AND_ABOVE = (b".", b"..")
 assert (_ENTRY.size, _ATTRIBUTES.size) == (16 + 128, 16 + 104)
 
 
@@ -71,6 +79,26 @@ def entry(unique: int, attr: Attr, atime_ns: int, name_timeout_s: float, timeout
     name_s, name_rest_ns = _timeout(name_timeout_s)
     head = (_ENTRY.size, 0, unique, attr.inode, attr.inode >> 32, name_s, seconds, name_rest_ns, rest_ns)
     return (_ENTRY.pack(*head, *_attr(attr, atime_ns)),)
+
+
+def listing(unique: int, entries: Iterable[Listed], times: AccessTimes, timeout_s: float, size: int) -> Reply:
+    """Answer with as many *entries*, and all that is known of them, as fit into *size* bytes."""
+    parts: list[bytes] = []
+    left = size
+    seconds, rest_ns = _timeout(timeout_s)
+    for position, name, attr in entries:
+        padding = -len(name) % _ALIGNMENT
+        left -= _LISTED.size + len(name) + padding
+        if left < 0:
+            break
+        inode = attr.inode
+        # The kernel looks at nothing but the name and the number of these.
+        node = 0 if name in _SELF_AND_ABOVE else inode
+        head = (node, inode >> 32, seconds, seconds, rest_ns, rest_ns)
+        mode = mode_of(attr)
+        last = (inode, position, len(name), mode >> 12)
+        parts += (_LISTED.pack(*head, *_attr(attr, times.get(inode, attr.mtime_ns)), *last), name, bytes(padding))
+    return data(unique, b"".join(parts))
 
 
 def absent(unique: int, name_timeout_s: float) -> Reply:
