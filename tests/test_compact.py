@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable, Iterator
 
 import pytest
+from compacted import compact, needles
 from stores import PATH, abandon_all, disk_of, killed, new_store, open_store, put, read_all, reopened
 
 from imgfs.compact import Keep
@@ -160,6 +161,28 @@ def test_nothing_changes(seed: int) -> None:
         assert shown(store) == before
     assert (repair.done, repair.left) == ([], [])
     assert compacted
+
+
+@pytest.mark.parametrize("owners", range(4))
+def test_what_a_copy_brings_forward_stands_for_nothing_it_left_out(owners: int) -> None:
+    """An image that got another name and other bytes is no contradiction, though the rename is left out."""
+    store = new_store()
+    put(store, ROOT, b"old name", b"in the volume before")
+    first = store._memory.words[Word.ACTIVE]
+    while store._memory.words[Word.ACTIVE] == first:
+        put(store, ROOT, b"filler", bytes(5000))
+    store.rename(ROOT, b"old name", ROOT, b"new name")
+    put(store, ROOT, b"new name", b"other bytes")
+    for number in range(owners):
+        # A copy begins with the needles that tell of owners, whatever was put before them.
+        store.put(ROOT, b"%d" % number, b"", 0, mode=0o600, uid=10 + number, gid=3, mtime_ns=1)
+    second = store._memory.words[Word.ACTIVE]
+    while store._memory.words[Word.ACTIVE] == second:
+        put(store, ROOT, b"filler", bytes(5000))
+    compact(store, [second])
+    store = reopened(store)
+    assert Kind.RENAME not in {needle.kind for _, _, needle in needles(disk_of(store))}
+    assert store.contradictions() == []
 
 
 def test_what_is_deleted_is_punched_out() -> None:
