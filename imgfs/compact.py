@@ -43,7 +43,7 @@ from imgfs.index import (
     state_of,
 )
 from imgfs.layout import AT_NAME_OFFSET, AT_NAME_VOLUME, AT_OFFSET8, AT_VOLUME, VOLUME_GONE, VOLUME_SEALED, Flag, Word
-from imgfs.load import INDEX_RECORDS, PUTS, references
+from imgfs.load import INDEX_RECORDS, PUTS, lengths, references
 from imgfs.needed import NEVER_S, Needed, last_of_each
 from imgfs.plausible import NUMBER_MAX
 from imgfs.records import VolumeEntry
@@ -121,37 +121,28 @@ class Compaction:
 
     # -- planning ---------------------------------------------------------------------------------------------
 
-    def sealed(self) -> list[int]:
-        """Return the rows of all sealed volumes, in the order of their sequence numbers."""
-        rows = []
-        for row in range(self._memory.words[Word.VOLUMES]):
-            entry = self._table.volume(row)
-            if entry.flags & VOLUME_SEALED and not entry.flags & VOLUME_GONE:
-                rows.append((entry.first_sequence, entry.volume_id, row))
-        return [row for _, _, row in sorted(rows)]
-
     def survey(self, keep: Keep) -> list[Share]:
-        """Return what compacting each of `sealed` would do. Damaged, as `plan`."""
+        """Return what compacting each sealed volume would do. Damaged, as `plan`."""
         judge = Needed(self._table, keep.held, keep.cutoff_s)
         sequences = self._sequences()
         shares = []
-        for row in self.sealed():
+        for row in self._volumes.rows(sealed=True):
             volume, records = self._volumes.get(row).volume, self._records(row)
-            needed, lengths = self._judge(judge, row, records, sequences, keep)
+            needed, sizes = self._judge(judge, row, records, sequences, keep)
             judge.pass_by(records)
-            size = NEEDLES_START + int(lengths[needed].sum())
+            size = NEEDLES_START + int(sizes[needed].sum())
             file_bytes = self._table.volume(row).end
             shares.append(Share(row, volume.header.volume_id, file_bytes, volume.allocated_bytes(), size))
         return shares
 
     def plan(self, rows: Sequence[int], keep: Keep) -> Plan:
-        """Return what compacting *rows*, neighbours in `sealed`, would copy.
+        """Return what compacting *rows*, neighbours among the sealed volumes, would copy.
 
         Raises:
             Damaged: the index of one of them is not whole; it is made again when the store is opened.
         """
         judge = Needed(self._table, keep.held, keep.cutoff_s)
-        order = self.sealed()
+        order = self._volumes.rows(sealed=True)
         first = order.index(rows[0])
         assert order[first : first + len(rows)] == list(rows), "what lies between them would lose its place"
         for row in order[:first]:
@@ -160,7 +151,7 @@ class Compaction:
         plan = Plan(list(rows))
         for row in rows:
             records = self._records(row)
-            needed, lengths = self._judge(judge, row, records, sequences, keep)
+            needed, sizes = self._judge(judge, row, records, sequences, keep)
             index = np.frombuffer(records, INDEX_RECORDS)
             mine = np.unique(index["owner"][needed & (index["kind"] == Kind.OWNER)])
             for other, before in zip(plan.needed, plan.records, strict=True):
@@ -169,7 +160,7 @@ class Compaction:
                 other &= ~((earlier["kind"] == Kind.OWNER) & np.isin(earlier["owner"], mine))
             plan.needed.append(needed)
             plan.records.append(records)
-            plan.bytes_after += int(lengths[needed].sum())  # a few OWNER needles too many
+            plan.bytes_after += int(sizes[needed].sum())  # a few OWNER needles too many
         return plan
 
     def _sequences(self) -> dict[int, int]:
@@ -181,8 +172,7 @@ class Compaction:
         """Return which needles of the volume in *row* are needed, and how long each is."""
         expired = keep.expired.get(self._table.volume(row).volume_id)
         needed = judge.of(records, row, sequences, expired)
-        offsets = np.frombuffer(records, INDEX_RECORDS)["offset8"].astype(np.int64) * ALIGNMENT
-        return needed, np.append(offsets[1:], self._table.volume(row).end) - offsets
+        return needed, lengths(np.frombuffer(records, INDEX_RECORDS), self._table.volume(row).end)
 
     def _records(self, row: int) -> bytes:
         return read_records(self._disk, self._volumes.get(row).volume.path)
@@ -360,7 +350,7 @@ class Compaction:
                 )
                 if ours and header.replaces:
                     self._enter(header, path)
-        rows = [row for row in self.sealed() if self._replaced_rows(row)]
+        rows = [row for row in self._volumes.rows(sealed=True) if self._replaced_rows(row)]
         for row in rows:
             self._make_current(row)
         return rows
