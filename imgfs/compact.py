@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +46,8 @@ from imgfs.layout import AT_NAME_OFFSET, AT_NAME_VOLUME, AT_OFFSET8, AT_VOLUME, 
 from imgfs.load import INDEX_RECORDS, PUTS, lengths, references
 from imgfs.needed import NEVER_S, Needed, last_of_each
 from imgfs.plausible import NUMBER_MAX
-from imgfs.records import VolumeEntry
+from imgfs.rare import Entry
+from imgfs.records import Record, VolumeEntry
 from imgfs.superblock import Superblock
 from imgfs.table import Table
 from imgfs.volume import Volume
@@ -275,30 +276,26 @@ class Compaction:
                 index = np.frombuffer(records, INDEX_RECORDS)
                 for record in index[needed & ((index["kind"] == Kind.OWNER) == owners)]:
                     offset = int(record["offset8"]) * ALIGNMENT
+                    # What is current cannot have been punched out: its data is verified when it is copied.
+                    current = self._is_current(row, record)
                     try:
                         needle = source.header_at(offset)
-                        if needle.data_size and not source.whole(needle, offset):
+                        if not current and needle.data_size and not source.whole(needle, offset):
                             raise Damaged(f"{source.path}: the data of the needle at {offset} is damaged")
                     except Damaged:
-                        if not self._is_left_over(row, record, source, offset):
+                        if current or not _is_punched(record, source, offset):
                             raise
                     else:
                         yield source, needle, offset
 
-    def _is_left_over(self, row: int, record: "np.void", source: Volume, offset: int) -> bool:
-        """Return whether the damaged needle that the index *record* is about was deleted and punched out."""
+    def _is_current(self, row: int, record: "np.void") -> bool:
+        """Return whether the table points at the needle that the index *record* is about; of most kinds it need not."""
+        if record["kind"] not in (Kind.FILE, Kind.SYMLINK, Kind.XATTR):
+            return True
         slot, generation = int(record["slot"]) - 1, int(record["hash_generation"]) >> 24
-        if record["kind"] == Kind.XATTR:
-            place = self._table.rare.get(slot, generation)
-            current = place.volume == row and place.offset8 == record["offset8"]
-        elif record["kind"] in (Kind.FILE, Kind.SYMLINK):
-            now = self._table.record(slot)
-            current = now.live and now.volume == row and now.offset8 == record["offset8"]
-        else:
-            return False
-        size = int(record["size"])
-        end = offset + NEEDLE_HEADER_BYTES_MAX + size + footer_bytes(size)
-        return not current and source.touches_hole(offset, end)
+        now = self._table.record(slot)
+        place: Record | Entry = self._table.rare.get(slot, generation) if record["kind"] == Kind.XATTR else now
+        return now.live and place.volume == row and place.offset8 == int(record["offset8"])
 
     def _copy_needle(
         self,
@@ -312,7 +309,8 @@ class Compaction:
     ) -> int:
         """Copy *needle*, which lies in *source* at *at*; return where it ends."""
         pieces = source.pieces(needle, at)
-        needle.durable = NEEDLES_START
+        # Another one: to write a needle sets its checksum, and that of the source verifies the pieces.
+        needle = replace(needle, durable=NEEDLES_START)
         if needle.data_size <= _WRITE_BYTES:
             volume.write_needle(offset, needle, list(pieces), None)
         else:
@@ -440,3 +438,9 @@ class Compaction:
             with self._memory.lock():
                 self._table.free_volume(entry)
         return True
+
+
+def _is_punched(record: "np.void", source: Volume, offset: int) -> bool:
+    """Return whether the needle at *offset*, which the index *record* is about, lost bytes to a hole."""
+    size = int(record["size"])
+    return source.touches_hole(offset, offset + NEEDLE_HEADER_BYTES_MAX + size + footer_bytes(size))

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from compacted import compact, needles
-from stores import PATH, abandon_all, disk_of, killed, new_store, open_store, put, read_all, reopened
+from powercut import SimulatedDisk
+from stores import PATH, TINY, abandon_all, disk_of, killed, new_store, open_store, put, read_all, reopened
 
 from imgfs.compact import Keep
 from imgfs.errors import ImgfsError
@@ -15,6 +16,7 @@ from imgfs.format import Kind
 from imgfs.layout import VOLUME_GONE, Word
 from imgfs.needed import NEVER_S
 from imgfs.repair import Repair
+from imgfs.settings import MIB
 from imgfs.store import ROOT, Store
 
 Shown = dict[bytes, tuple[object, ...]]
@@ -185,6 +187,36 @@ def test_what_a_copy_brings_forward_stands_for_nothing_it_left_out(owners: int) 
     store = reopened(store)
     assert Kind.RENAME not in {needle.kind for _, _, needle in needles(disk_of(store))}
     assert store.contradictions() == []
+
+
+class ReadingDisk(SimulatedDisk):
+    """Counts the bytes that are read."""
+
+    read_bytes = 0
+
+    def read(self, file: int, offset: int, size: int, *, nowait: bool = False) -> bytes:
+        data = super().read(file, offset, size, nowait=nowait)
+        self.read_bytes += len(data)
+        return data
+
+
+@pytest.mark.parametrize("size", [20_000, MIB, MIB + 1, 3 * MIB])
+def test_what_is_copied_is_read_once(size: int) -> None:
+    disk = ReadingDisk()
+    store = new_store(TINY, disk)
+    for number in range(8):
+        put(store, ROOT, b"%d" % number, random.Random(number).randbytes(size))
+        store.set_xattr(store.resolve(b"%d" % number), b"user.a", bytes(10_000))
+    before = shown(store)
+    compaction = store.reclaimer().compaction
+    plan = compaction.plan(store._volumes.rows(sealed=True), Keep())
+    disk.read_bytes = 0
+    row = compaction.run(plan, 0)
+    assert plan.bytes_after > 5 * size
+    assert disk.read_bytes < 1.2 * plan.bytes_after
+    assert compaction.unfinished() == [row]
+    assert compaction.remove(row, [])
+    assert shown(reopened(store)) == before
 
 
 def test_what_is_deleted_is_punched_out() -> None:
