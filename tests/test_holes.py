@@ -139,3 +139,15 @@ def test_requests_that_take_long_only_put_it_off() -> None:
     settled = [True, False, False]
     reclaimer = store.reclaimer(settle=settled.pop)
     assert [reclaimer.punch().holes > 0 for _ in range(3)] == [False, False, True]
+
+
+def test_what_is_counted_are_the_volumes_that_are_there() -> None:
+    store, _ = many_volumes()
+    before = store.counts()
+    reclaimer = store.reclaimer()
+    reclaimer.punch()
+    holes = store.counts()
+    assert before.volume_bytes <= holes.volume_bytes < before.volume_bytes + 1000, "and a checkpoint"
+    while groups := reclaimer.worthwhile(reclaimer.survey()):
+        assert reclaimer.compact(groups[0]).volumes
+    assert store.counts().volumes == len(store._volumes.rows()) < before.volumes

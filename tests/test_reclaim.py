@@ -1,6 +1,7 @@
 """On a real mount: what is deleted gives its space back, and nobody who reads or writes notices."""
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -86,6 +87,9 @@ def test_df_falls_within_seconds_of_rm(stopped: Mounted, size: int, count: int) 
     shutil.rmtree(stopped.point / "gone")
     wait_until(lambda: disk_bytes(stopped) < before - 0.8 * size * count, "the volumes take less")
     wait_until(lambda: free_bytes(stopped) > shown + 0.8 * size * count, "df shows it")
+    facts = json.loads(imgfs("info", "--json", stopped.store))
+    assert facts["disk_bytes"] < before - 0.8 * size * count
+    assert facts["volume_bytes"] > size * count
     stopped.drop_caches()
     assert_whole(stopped.point / "stays")
 
