@@ -50,10 +50,15 @@ class Calls:
         """Wait until the space of what is kept for undelete is given back; return whether anybody does that."""
         asked = self._store.ask_for_room()
         if asked:
-            with trio.move_on_after(ROOM_S), self._desk.wait:
-                # Another process answers: there is nothing here that it could wake.
-                while not self._store.has_answered(asked):  # noqa: ASYNC110
-                    await trio.sleep(ROOM_POLL_S)
+            requests, row = self._store.requests, self._desk.row()
+            requests.wait(row, waiting=True)
+            try:
+                with trio.move_on_after(ROOM_S), self._desk.wait:
+                    # Another process answers: there is nothing here that it could wake.
+                    while not self._store.has_answered(asked):  # noqa: ASYNC110
+                        await trio.sleep(ROOM_POLL_S)
+            finally:
+                requests.wait(row, waiting=False)
         return bool(asked)
 
     async def in_thread(self, call: Callable[..., T], *args: Any) -> T:

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,10 +43,11 @@ from imgfs.index import (
     state_of,
 )
 from imgfs.layout import AT_NAME_OFFSET, AT_NAME_VOLUME, AT_OFFSET8, AT_VOLUME, VOLUME_GONE, VOLUME_SEALED, Flag, Word
-from imgfs.load import INDEX_RECORDS, PUTS, references
+from imgfs.load import INDEX_RECORDS, PUTS, lengths, references
 from imgfs.needed import NEVER_S, Needed, last_of_each
 from imgfs.plausible import NUMBER_MAX
-from imgfs.records import VolumeEntry
+from imgfs.rare import Entry
+from imgfs.records import Record, VolumeEntry
 from imgfs.superblock import Superblock
 from imgfs.table import Table
 from imgfs.volume import Volume
@@ -121,37 +122,28 @@ class Compaction:
 
     # -- planning ---------------------------------------------------------------------------------------------
 
-    def sealed(self) -> list[int]:
-        """Return the rows of all sealed volumes, in the order of their sequence numbers."""
-        rows = []
-        for row in range(self._memory.words[Word.VOLUMES]):
-            entry = self._table.volume(row)
-            if entry.flags & VOLUME_SEALED and not entry.flags & VOLUME_GONE:
-                rows.append((entry.first_sequence, entry.volume_id, row))
-        return [row for _, _, row in sorted(rows)]
-
     def survey(self, keep: Keep) -> list[Share]:
-        """Return what compacting each of `sealed` would do. Damaged, as `plan`."""
+        """Return what compacting each sealed volume would do. Damaged, as `plan`."""
         judge = Needed(self._table, keep.held, keep.cutoff_s)
         sequences = self._sequences()
         shares = []
-        for row in self.sealed():
+        for row in self._volumes.rows(sealed=True):
             volume, records = self._volumes.get(row).volume, self._records(row)
-            needed, lengths = self._judge(judge, row, records, sequences, keep)
+            needed, sizes = self._judge(judge, row, records, sequences, keep)
             judge.pass_by(records)
-            size = NEEDLES_START + int(lengths[needed].sum())
+            size = NEEDLES_START + int(sizes[needed].sum())
             file_bytes = self._table.volume(row).end
             shares.append(Share(row, volume.header.volume_id, file_bytes, volume.allocated_bytes(), size))
         return shares
 
     def plan(self, rows: Sequence[int], keep: Keep) -> Plan:
-        """Return what compacting *rows*, neighbours in `sealed`, would copy.
+        """Return what compacting *rows*, neighbours among the sealed volumes, would copy.
 
         Raises:
             Damaged: the index of one of them is not whole; it is made again when the store is opened.
         """
         judge = Needed(self._table, keep.held, keep.cutoff_s)
-        order = self.sealed()
+        order = self._volumes.rows(sealed=True)
         first = order.index(rows[0])
         assert order[first : first + len(rows)] == list(rows), "what lies between them would lose its place"
         for row in order[:first]:
@@ -160,7 +152,7 @@ class Compaction:
         plan = Plan(list(rows))
         for row in rows:
             records = self._records(row)
-            needed, lengths = self._judge(judge, row, records, sequences, keep)
+            needed, sizes = self._judge(judge, row, records, sequences, keep)
             index = np.frombuffer(records, INDEX_RECORDS)
             mine = np.unique(index["owner"][needed & (index["kind"] == Kind.OWNER)])
             for other, before in zip(plan.needed, plan.records, strict=True):
@@ -169,7 +161,7 @@ class Compaction:
                 other &= ~((earlier["kind"] == Kind.OWNER) & np.isin(earlier["owner"], mine))
             plan.needed.append(needed)
             plan.records.append(records)
-            plan.bytes_after += int(lengths[needed].sum())  # a few OWNER needles too many
+            plan.bytes_after += int(sizes[needed].sum())  # a few OWNER needles too many
         return plan
 
     def _sequences(self) -> dict[int, int]:
@@ -181,8 +173,7 @@ class Compaction:
         """Return which needles of the volume in *row* are needed, and how long each is."""
         expired = keep.expired.get(self._table.volume(row).volume_id)
         needed = judge.of(records, row, sequences, expired)
-        offsets = np.frombuffer(records, INDEX_RECORDS)["offset8"].astype(np.int64) * ALIGNMENT
-        return needed, np.append(offsets[1:], self._table.volume(row).end) - offsets
+        return needed, lengths(np.frombuffer(records, INDEX_RECORDS), self._table.volume(row).end)
 
     def _records(self, row: int) -> bytes:
         return read_records(self._disk, self._volumes.get(row).volume.path)
@@ -285,30 +276,26 @@ class Compaction:
                 index = np.frombuffer(records, INDEX_RECORDS)
                 for record in index[needed & ((index["kind"] == Kind.OWNER) == owners)]:
                     offset = int(record["offset8"]) * ALIGNMENT
+                    # What is current cannot have been punched out: its data is verified when it is copied.
+                    current = self._is_current(row, record)
                     try:
                         needle = source.header_at(offset)
-                        if needle.data_size and not source.whole(needle, offset):
+                        if not current and needle.data_size and not source.whole(needle, offset):
                             raise Damaged(f"{source.path}: the data of the needle at {offset} is damaged")
                     except Damaged:
-                        if not self._is_left_over(row, record, source, offset):
+                        if current or not _is_punched(record, source, offset):
                             raise
                     else:
                         yield source, needle, offset
 
-    def _is_left_over(self, row: int, record: "np.void", source: Volume, offset: int) -> bool:
-        """Return whether the damaged needle that the index *record* is about was deleted and punched out."""
+    def _is_current(self, row: int, record: "np.void") -> bool:
+        """Return whether the table points at the needle that the index *record* is about; of most kinds it need not."""
+        if record["kind"] not in (Kind.FILE, Kind.SYMLINK, Kind.XATTR):
+            return True
         slot, generation = int(record["slot"]) - 1, int(record["hash_generation"]) >> 24
-        if record["kind"] == Kind.XATTR:
-            place = self._table.rare.get(slot, generation)
-            current = place.volume == row and place.offset8 == record["offset8"]
-        elif record["kind"] in (Kind.FILE, Kind.SYMLINK):
-            now = self._table.record(slot)
-            current = now.live and now.volume == row and now.offset8 == record["offset8"]
-        else:
-            return False
-        size = int(record["size"])
-        end = offset + NEEDLE_HEADER_BYTES_MAX + size + footer_bytes(size)
-        return not current and source.touches_hole(offset, end)
+        now = self._table.record(slot)
+        place: Record | Entry = self._table.rare.get(slot, generation) if record["kind"] == Kind.XATTR else now
+        return now.live and place.volume == row and place.offset8 == int(record["offset8"])
 
     def _copy_needle(
         self,
@@ -322,7 +309,8 @@ class Compaction:
     ) -> int:
         """Copy *needle*, which lies in *source* at *at*; return where it ends."""
         pieces = source.pieces(needle, at)
-        needle.durable = NEEDLES_START
+        # Another one: to write a needle sets its checksum, and that of the source verifies the pieces.
+        needle = replace(needle, durable=NEEDLES_START)
         if needle.data_size <= _WRITE_BYTES:
             volume.write_needle(offset, needle, list(pieces), None)
         else:
@@ -360,7 +348,7 @@ class Compaction:
                 )
                 if ours and header.replaces:
                     self._enter(header, path)
-        rows = [row for row in self.sealed() if self._replaced_rows(row)]
+        rows = [row for row in self._volumes.rows(sealed=True) if self._replaced_rows(row)]
         for row in rows:
             self._make_current(row)
         return rows
@@ -450,3 +438,9 @@ class Compaction:
             with self._memory.lock():
                 self._table.free_volume(entry)
         return True
+
+
+def _is_punched(record: "np.void", source: Volume, offset: int) -> bool:
+    """Return whether the needle at *offset*, which the index *record* is about, lost bytes to a hole."""
+    size = int(record["size"])
+    return source.touches_hole(offset, offset + NEEDLE_HEADER_BYTES_MAX + size + footer_bytes(size))

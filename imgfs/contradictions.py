@@ -43,7 +43,7 @@ def _count_twins(table: Table, volumes: Volumes) -> int:
 
 def _count_doubles(table: Table, volumes: Volumes) -> int:
     words, doubles, count = table.memory.words, Doubles(), 0
-    for entry in range(words[Word.VOLUMES]):
+    for entry in volumes.rows():
         active = entry == words[Word.ACTIVE] and words[Word.ACTIVE_END]
         end = words[Word.ACTIVE_END] if active else table.volume(entry).end
         for item in volumes.get(entry).volume.scan(NEEDLES_START, end):

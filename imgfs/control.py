@@ -71,14 +71,22 @@ def ask(store_path: str, question: Message, told: Callable[[Message], None] = la
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with connection:
         _connect(connection, store_path)
-        connection.sendall(json.dumps(question).encode() + b"\n")
-        for line in connection.makefile("rb"):
-            message = json.loads(line)
+        for message in _answers(connection, question):
             if "done" in message:
                 done: Message = message["done"]
                 return done
             told(message)
     raise Interrupted("the maintenance process was interrupted; what it had begun goes on, or is undone: ask again")
+
+
+def _answers(connection: socket.socket, question: Message) -> Iterator[Message]:
+    """Yield what is answered to *question*, until who answers is done, or dies."""
+    with contextlib.suppress(ConnectionError):  # killed, with the question or a part of it not read yet
+        connection.sendall(json.dumps(question).encode() + b"\n")
+        for line in connection.makefile("rb"):
+            if not line.endswith(b"\n"):
+                return  # killed within a line
+            yield json.loads(line)
 
 
 def _connect(connection: socket.socket, store_path: str) -> None:

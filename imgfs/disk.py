@@ -57,6 +57,14 @@ class Disk:
     def close(self, file: int) -> None:
         os.close(file)
 
+    def read_file(self, path: str) -> bytes:
+        """Return all of the file at *path*."""
+        file = self.open(path)
+        try:
+            return self.read(file, 0, self.size(file))
+        finally:
+            self.close(file)
+
     def duplicate(self, file: int) -> int:
         """Return another descriptor of the same open file."""
         return os.dup(file)

@@ -1,7 +1,7 @@
 """Finds slots that were used twice: needles that put something where something else still was.
 
 Owns the rule. A slot falls free when a needle ends what is in it, so a put over anything but itself is a contradiction,
-and the later one counts. Where sequence numbers are missing between the two, the needle that would explain it may be
+and the later one counts. Where a sequence number is missing between the two, the needle that would explain it may be
 lost, or compacted away: that is none. Must not know what becomes of what was put first.
 
 *Concurrency:* none; the volumes must not change meanwhile.
@@ -41,7 +41,10 @@ class _What(IntEnum):
 
 
 class Doubles:
-    """Takes the needles of one volume after the other, in their order; 40 bytes for each that is about an inode."""
+    """Takes the needles of one volume after the other, in their order.
+
+    8 bytes for each, and 32 for each that is about an inode.
+    """
 
     def __init__(self) -> None:
         self._slot = array("I")
@@ -50,16 +53,17 @@ class Doubles:
         self._kind = array("B")
         self._name = array("Q")
         self._sequence = array("Q")
-        self._number = array("Q")
         self._entry = array("I")
         self._offset8 = array("I")
-        self._count = 0
+        # Of all needles. Counting them would not tell which are missing: a compaction puts owners first, and ends its
+        # copy with a number that another needle has.
+        self._there = array("Q")
         self.rescued: set[int] = set()
         """Sequence numbers of needles that an earlier repair has copied elsewhere."""
 
     def add(self, entry: int, offset: int, needle: Needle) -> None:
         """Take note of *needle*, which lies at *offset* of the volume with that *entry*."""
-        self._count += 1
+        self._there.append(needle.sequence)
         if needle.kind in PUT_KINDS:
             self._note(_What.PUT, needle.inode, needle, entry, offset)
             if Tag.RESCUED in needle.extras:
@@ -84,7 +88,6 @@ class Doubles:
         seed = needle.parent if needle is not None else 0
         self._name.append(xxhash.xxh3_64_intdigest(needle.name, seed) if needle is not None and named else 0)
         self._sequence.append(needle.sequence if needle is not None else 0)
-        self._number.append(self._count)
         self._entry.append(entry)
         self._offset8.append(offset // ALIGNMENT)
 
@@ -109,8 +112,8 @@ class Doubles:
         changed = (kind != kind[last]) & (kind != Kind.FILE)
         another = (generation != generation[last]) | (name != name[before])
         sequence = np.frombuffer(self._sequence, np.uint64)[order].astype(np.int64)
-        number = np.frombuffer(self._number, np.uint64)[order].astype(np.int64)
-        proven = sequence - sequence[last] == number - number[last]
+        number = np.searchsorted(np.unique(np.frombuffer(self._there, np.uint64)), sequence.astype(np.uint64))
+        proven = (sequence > sequence[last]) & (sequence - sequence[last] == number - number[last])
         entry, offset8 = np.frombuffer(self._entry, np.uint32)[order], np.frombuffer(self._offset8, np.uint32)[order]
         for row in np.flatnonzero(chosen & (changed | another & proven)):
             loser = int(last[row])

@@ -17,8 +17,8 @@ from imgfs.disk import Disk
 from imgfs.errors import disk_error
 from imgfs.format import ALIGNMENT, INDEX_RECORD_BYTES, NEEDLE_HEADER_BYTES_MAX
 from imgfs.index import read_records
-from imgfs.layout import VOLUME_GONE, VOLUME_SEALED, Word
-from imgfs.load import INDEX_RECORDS
+from imgfs.layout import VOLUME_SEALED, Word
+from imgfs.load import INDEX_RECORDS, lengths
 from imgfs.table import Table
 from imgfs.volume import HOLE_BYTES, Volume
 from imgfs.volumes import Volumes
@@ -32,6 +32,8 @@ class Punched(NamedTuple):
 
     holes: int
     bytes: int
+    is_all: bool = True
+    """Not if the disk is too full for the checkpoint that must come before."""
 
 
 class Holes:
@@ -46,15 +48,6 @@ class Holes:
         # What was punched already, by volume: it needs no second time.
         self._done: dict[int, frozenset[Run]] = {}
 
-    def rows(self) -> list[int]:
-        """Return the rows of all volumes, in the order of their sequence numbers; the active one is last."""
-        found = []
-        for row in range(self._table.memory.words[Word.VOLUMES]):
-            entry = self._table.volume(row)
-            if not entry.flags & VOLUME_GONE:
-                found.append((entry.first_sequence, entry.volume_id, row))
-        return [row for _, _, row in sorted(found)]
-
     def records(self, row: int) -> bytes:
         """Return the index records of the volume in *row*, of the active one those that are there now. Damaged."""
         words = self._table.memory.words
@@ -68,9 +61,7 @@ class Holes:
         """Return how many bytes each of the needles takes that the index *records* of *row* are about."""
         entry = self._table.volume(row)
         end = entry.end if entry.flags & VOLUME_SEALED else self._table.memory.words[Word.ACTIVE_END]
-        offsets = np.frombuffer(records, INDEX_RECORDS)["offset8"].astype(np.int64) * ALIGNMENT
-        lengths: npt.NDArray[np.int64] = np.append(offsets[1:], end)[: len(offsets)] - offsets
-        return lengths
+        return lengths(np.frombuffer(records, INDEX_RECORDS), end)
 
     def punch(self, row: int, records: bytes, dead: npt.NDArray[np.bool_]) -> Punched:
         """Free the blocks of the needles in *dead*, of those that the index *records* of the volume in *row* are about.
@@ -90,7 +81,7 @@ class Holes:
         self._checkpoint()
         words = self._table.memory.words
         if row == words[Word.ACTIVE] and words[Word.CHECKPOINT_RECORDS] * INDEX_RECORD_BYTES < len(records):
-            return Punched(0, 0)  # on a full disk there was no room for one
+            return Punched(0, 0, is_all=False)
         freed = self._punch(volume.path, fresh)
         self._done[volume.header.volume_id] = frozenset(runs)
         return freed

@@ -6,21 +6,19 @@ any more.
 *Concurrency:* written by whoever holds the scrub's lock; the file is replaced in one durable step.
 """
 
-import json
-import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from imgfs.disk import Disk
 from imgfs.errors import ImgfsError
 from imgfs.lost_image import find_inode, path_of
+from imgfs.state_file import read_state_file, write_state_file
 from imgfs.store import Store
 from imgfs.survey import Damage
-
-log = logging.getLogger(__name__)
 
 DAMAGE = "damage.json"
 SCRUB_LOCK = "scrub.lock"
@@ -83,28 +81,17 @@ class KnownDamage:
             row = {"file": item.damage.file} | asdict(item.damage)
             row |= {"path": item.path, "first_seen_ns": item.first_seen_ns, "last_seen_ns": item.last_seen_ns}
             rows.append(row)
-        data = json.dumps({"format": _FORMAT, "damage": rows}, indent=2)
-        self._disk.replace_file(self._path, data.encode() + b"\n")
+        write_state_file(self._disk, self._path, _FORMAT, {"damage": rows})
         self._saved = set(self._known.values())
 
 
 def _read(path: str, disk: Disk) -> list[Known]:
     """Return what the file at *path* says; a file that says nothing sensible is no list."""
-    if not disk.exists(path):
-        return []
-    file = disk.open(path)
-    try:
-        data = disk.read(file, 0, disk.size(file))
-    finally:
-        disk.close(file)
-    try:
-        content = json.loads(data)
-        if content["format"] != _FORMAT:
-            raise ValueError("format")
-        return [_known(row) for row in content["damage"]]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        log.warning("%s is damaged; the next scrub makes it anew", path)
-        return []
+    return read_state_file(disk, path, _FORMAT, _rows, "the next scrub makes it anew") or []
+
+
+def _rows(content: dict[str, Any]) -> list[Known]:
+    return [_known(row) for row in content["damage"]]
 
 
 def _known(row: dict[str, object]) -> Known:

@@ -108,7 +108,7 @@ HANDLE_CHUNK = 64
 HANDLE_OWNER = struct.Struct("<I")  # pid of the process a chunk belongs to, 0: nobody's
 HANDLE_OWNERS = HANDLES_MAX // HANDLE_CHUNK
 
-# A request in hand: handle, inode, applied, thread, node, key, 0, opcode (0: the row is free)
+# A request in hand: handle, inode, applied, thread, node, key, 1 if it waits for room, opcode (0: the row is free)
 REQUEST = struct.Struct("<8Q")
 WORKERS_MAX = 16
 TASKS_MAX = 128  # requests one worker has in hand at the same time

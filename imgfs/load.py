@@ -384,6 +384,12 @@ def sound_records(records: bytes | memoryview, state: IndexState, sequence: int)
     )
 
 
+def lengths(index: npt.NDArray[np.void], end: int) -> npt.NDArray[np.int64]:
+    """Return how many bytes each of the needles takes that *index* has records of; the last one goes up to *end*."""
+    offsets = index["offset8"].astype(np.int64) * ALIGNMENT
+    return np.diff(offsets, append=end)
+
+
 def bucket_threshold() -> int:
     """Return from how many children on a directory has more than one bucket."""
     count = 1

@@ -79,6 +79,7 @@ class _Maintenance:
         self._next_holes = now
         self._next_survey = now + _SURVEY_S
         self._finished = False
+        self._waited_s = 0.0  # for requests in hand, since the last look for what is dead
 
     def run(self) -> None:
         listening = control.listen(self._store.path)
@@ -94,13 +95,19 @@ class _Maintenance:
         now = time.monotonic()
         asked = self._store.room_asked()
         if asked or now >= self._next_holes:
+            self._waited_s = 0.0
             self._try("space is not given back", lambda: self._punch(urgent=asked > 0))
             self._store.answer_room(asked)
-            self._next_holes = time.monotonic() + max(_HOLES_S, (time.monotonic() - now) * _HOLES_PART)
+            self._next_holes = time.monotonic() + self._pause_s(now)
         self._pace.rest()
         if now >= self._next_survey:
             self._try("nothing is compacted", self._compact_all)
             self._next_survey = time.monotonic() + max(_SURVEY_S, (time.monotonic() - now) * _SURVEY_PART)
+
+    def _pause_s(self, since: float) -> float:
+        """Return how long not to look for what is dead, having done so *since* then; to wait is no work."""
+        worked_s = time.monotonic() - since - self._waited_s
+        return max(_HOLES_S, self._waited_s + worked_s * _HOLES_PART)
 
     def _sync(self) -> None:
         if time.monotonic() >= self._next_sync:
@@ -154,12 +161,22 @@ class _Maintenance:
             self._store.answer_room(asked)
 
     def _settle(self) -> bool:
-        """Wait until every request that reads and is in hand now is answered; return whether that was so in time."""
+        began = time.monotonic()
+        try:
+            return self._wait_for_readers()
+        finally:
+            self._waited_s += time.monotonic() - began
+
+    def _wait_for_readers(self) -> bool:
+        """Wait until every request that reads and is in hand now is answered; return whether that was so in time.
+
+        What waits for room waits for this process, and knows nothing any more of what it has read.
+        """
         requests = self._store.requests
         waiting = {
             (number, row): request
             for number in range(WORKERS_MAX)
-            for row, request, _ in requests.in_hand(number)
+            for row, request in requests.at_work(number).items()
             if request.opcode in _READING
         }
         deadline = time.monotonic() + _SETTLE_S
@@ -168,7 +185,7 @@ class _Maintenance:
                 return False
             time.sleep(0.001)
             for number in {number for number, _ in waiting}:
-                now = {row: request for row, request, _ in requests.in_hand(number)}
+                now = requests.at_work(number)
                 for key in [key for key in waiting if key[0] == number and now.get(key[1]) != waiting[key]]:
                     del waiting[key]
         return True

@@ -32,7 +32,8 @@ def collect(store: Store, disk: Disk | None = None) -> CollectorRegistry:
     gauge("directories", counts.directories, "Directories.")
     gauge("symlinks", counts.symlinks, "Symbolic links.")
     gauge("volumes", counts.volumes, "Volumes.")
-    gauge("volume_bytes", counts.volume_bytes, "Bytes of all volumes.")
+    gauge("volume_bytes", counts.volume_bytes, "Bytes of all volumes, holes included.")
+    gauge("disk_bytes", counts.disk_bytes, "Bytes that all volumes take of the disk.")
     gauge("live_bytes", counts.live_bytes, "Bytes of the data of images that are there.")
     gauge("free_bytes", space.available * space.block_size, "Bytes free on the file system that holds the store.")
     gauge(

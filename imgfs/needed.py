@@ -7,19 +7,31 @@ copy is made current. Only volumes that are sealed can be judged: nothing comes 
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from imgfs.format import FLAG_BARE, FLAG_LAST, Kind
-from imgfs.layout import RECORDS_AT, Flag, Word
-from imgfs.load import INDEX_RECORDS, PUTS, RECORDS
+from imgfs.layout import RARE_AT, RECORDS_AT, Flag, Word
+from imgfs.load import INDEX_RECORDS, PUTS, RARE_ENTRIES, RECORDS
 from imgfs.table import Table
 
 # Later than any time.
 NEVER_S = 1 << 33
 
 _DATA = [Kind.FILE, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK]
+
+
+class Judged(NamedTuple):
+    """What has become of the needles of a volume."""
+
+    dead: npt.NDArray[np.bool_]
+    """Images, symbolic links and attributes that were deleted or replaced, and that no handle is open on."""
+    died_s: npt.NDArray[np.uint32]
+    """When they were at the latest: the last change of what is in the slot now."""
+    opened: frozenset[int]
+    """Slots of what would be dead if no handle were open."""
 
 
 class Needed:
@@ -100,12 +112,8 @@ class Needed:
         result: npt.NDArray[np.bool_] = needed
         return result
 
-    def dead(self, records: bytes, entry: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint32]]:
-        """Return which of the index *records* of the volume in row *entry* are dead, and when they were at the latest.
-
-        Dead are images, symbolic links and attributes that were deleted or replaced, and that no handle is open on. The
-        time, in seconds, is that of the last change of what is in the slot now.
-        """
+    def dead(self, records: bytes, entry: int) -> Judged:
+        """Return which of the index *records* of the volume in row *entry* are dead."""
         index = np.frombuffer(records, INDEX_RECORDS)
         kind = np.ascontiguousarray(index["kind"])
         slot = index["slot"].astype(np.int64) - 1
@@ -114,20 +122,15 @@ class Needed:
         record = self._records[at]
         same = record["hash_generation"] >> 24 == index["hash_generation"] >> 24
         current = (record["volume"] == entry) & (record["offset8"] == index["offset8"]) & same
-        current &= record["flags"] & Flag.DEAD == 0
-        dead = np.isin(kind, [Kind.FILE, Kind.SYMLINK]) & inside & ~current & ~(self._held[at] & same)
-        for row in np.flatnonzero((kind == Kind.XATTR) & inside):
+        attributes = (kind == Kind.XATTR) & inside
+        for row in np.flatnonzero(attributes):
             place = self._table.rare.get(int(slot[row]), int(index["hash_generation"][row]) >> 24)
-            here = place.volume == entry and place.offset8 == index["offset8"][row]
-            dead[row] = not here and not self._held[slot[row]]
-        dead &= record["flags"] & Flag.KIND != 0
-        died_s: npt.NDArray[np.uint32] = record["ctime"].copy()
-        return dead, died_s
-
-    def is_held(self, records: bytes) -> bool:
-        """Return whether a handle is open on anything that the index *records* are about."""
-        slot = np.frombuffer(records, INDEX_RECORDS)["slot"].astype(np.int64) - 1
-        return bool(self._held[slot[(slot >= 0) & (slot < self._slots)]].any())
+            current[row] = place.volume == entry and place.offset8 == index["offset8"][row]
+        current &= record["flags"] & Flag.DEAD == 0
+        gone = np.isin(kind, [Kind.FILE, Kind.SYMLINK, Kind.XATTR]) & inside & ~current
+        gone &= record["flags"] & Flag.KIND != 0
+        opened = gone & self._held[at] & (same | attributes)
+        return Judged(gone & ~opened, record["ctime"].copy(), frozenset(slot[opened].tolist()))
 
     def _undoing(
         self,
@@ -160,6 +163,26 @@ class Needed:
         later[[row for row, sequence in sequences.items() if sequence > sequences[entry]]] = True
         put: npt.NDArray[np.bool_] = (record["flags"] & Flag.KIND != Kind.DIRECTORY) & later[record["volume"]]
         return put
+
+
+def pointing(table: Table) -> npt.NDArray[np.int64]:
+    """Return how much of what can be dead still lives, for each row of the volume table.
+
+    It gets less when anything in a volume that is not appended to dies, and never more.
+    """
+    memory = table.memory
+    rows = memory.words[Word.VOLUMES]
+    records = np.frombuffer(memory.map, RECORDS, memory.words[Word.SLOTS], RECORDS_AT)
+    kind = records["flags"] & Flag.KIND
+    alive = (kind != 0) & (records["flags"] & (Flag.DEAD | Flag.UNBORN) == 0)
+    images = np.bincount(records["volume"][alive & ((kind == Kind.FILE) | (kind == Kind.SYMLINK))], minlength=rows)
+    rare = np.frombuffer(memory.map, RARE_ENTRIES, memory.words[Word.RARE_ENTRIES], RARE_AT)
+    rare = rare[(rare["slot"] > 0) & (rare["slot"] <= len(records)) & (rare["volume"] > 0)]
+    slot = rare["slot"].astype(np.int64) - 1
+    theirs = alive[slot] & (records["hash_generation"][slot] >> 24 == rare["generation"])
+    attributes = np.bincount(rare["volume"][theirs].astype(np.int64) - 1, minlength=rows)
+    result: npt.NDArray[np.int64] = images[:rows] + attributes[:rows]
+    return result
 
 
 def last_of_each(chosen: npt.NDArray[np.bool_], slot: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -287,13 +287,10 @@ def find_store(path: str, disk: Disk) -> tuple[Superblock, bool]:
             raise NoStore(f"{path}/{VOLUMES} is missing, which held all images of this store; put it back")
         raise NoStore(f"there is no store at {path}; make one with: imgfs mkfs {path}")
     if disk.exists(f"{path}/{SUPERBLOCK}"):
-        file = disk.open(f"{path}/{SUPERBLOCK}")
         try:
-            return unpack_superblock(disk.read(file, 0, disk.size(file))), False
+            return unpack_superblock(disk.read_file(f"{path}/{SUPERBLOCK}")), False
         except Damaged as error:
             log.warning("%s: %s", path, error)
-        finally:
-            disk.close(file)
     for name in disk.names(f"{path}/{VOLUMES}"):
         if not name.endswith(SUFFIX):
             continue

@@ -19,10 +19,11 @@ from imgfs.compact import Compaction, Keep, Share
 from imgfs.errors import Damaged
 from imgfs.format import NEEDLES_START, REPLACES_MAX
 from imgfs.holes import Holes
-from imgfs.load import live_bytes
-from imgfs.needed import NEVER_S, Needed
+from imgfs.layout import Word
+from imgfs.needed import NEVER_S, Needed, pointing
 from imgfs.settings import KIB
 from imgfs.table import Table
+from imgfs.volumes import Volumes
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +64,32 @@ class Reclaimed(NamedTuple):
 
 
 class _Dead(NamedTuple):
-    """What is dead in a volume and not punched out yet."""
+    """What is dead in a volume, in the order of its index *records*."""
 
     records: bytes
     dead: npt.NDArray[np.bool_]
     died_s: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
+    opened: frozenset[int] = frozenset()
+    """Slots of what only open handles keep."""
+
+
+_NOTHING = _Dead(b"", np.zeros(0, bool), np.zeros(0, np.int64), np.zeros(0, np.int64))
+_State = tuple[int, int]
+"""What still lives in a volume, see `pointing`, and where it ends: while that stays nothing in it dies."""
+
+
+class _Looked(NamedTuple):
+    """What the last look at a volume has told."""
+
+    state: _State
+    oldest_s: float
+    """When the first of what is dead and still there died; NEVER_S if nothing is."""
+    opened: frozenset[int]
+
+    def is_due(self, cutoff_s: float, held: frozenset[int]) -> bool:
+        """Return whether another look would find more to free, though nothing has died since."""
+        return self.oldest_s < cutoff_s or not self.opened <= held
 
 
 class Reclaimer:
@@ -77,6 +98,7 @@ class Reclaimer:
     def __init__(
         self,
         table: Table,
+        volumes: Volumes,
         held: Callable[[], Sequence[int]],
         space: Callable[[], os.statvfs_result],
         compaction: Compaction,
@@ -90,11 +112,13 @@ class Reclaimer:
         self.compaction = compaction
         self.holes = holes
         self._limits = limits
-        # By volume id: what the table had in it when it was looked at last, and when it must be looked at again.
-        self._looked: dict[int, tuple[int, int]] = {}
-        self._due_s: dict[int, float] = {}
+        self._volumes = volumes
+        # By volume id, as far as they were looked at; and how often the table had changed by then.
+        self._looked: dict[int, _Looked] = {}
+        self._changes = -1
         # By volume id: index positions of what is dead, and when it was first seen to be.
         self._seen: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
+        # What was let go, whether or not it took a whole block.
         self._expired: dict[int, npt.NDArray[np.bool_]] = {}
         self._hopeless: set[int] = set()
         self._sweep_again_s = 0.0
@@ -110,13 +134,27 @@ class Reclaimer:
     def _volume_id(self, row: int) -> int:
         return self._table.volume(row).volume_id
 
-    def _examine(self, row: int, judge: Needed) -> _Dead:
-        """Return what is dead in the volume in *row*."""
+    def _examine(self, row: int, state: _State, judge: Needed) -> _Dead:
+        """Look at the volume in *row*, which was in *state* before that: return what is dead in it."""
         volume_id = self._volume_id(row)
-        records = self.holes.records(row)
-        if not records:
-            return _Dead(b"", np.zeros(0, bool), np.zeros(0, np.int64), np.zeros(0, np.int64))
-        dead, died_s = judge.dead(records, row)
+        found = _NOTHING
+        try:
+            records = self.holes.records(row)
+            if records:
+                found = self._judge(row, records, judge)
+        except Damaged as error:
+            self._give_up(row, error)
+        self._note(volume_id, state, found, found.opened)
+        return found
+
+    def _note(self, volume_id: int, state: _State, found: _Dead, opened: frozenset[int]) -> None:
+        died_s = found.died_s[self._kept(volume_id, found)]
+        oldest_s = float(died_s.min()) if len(died_s) else NEVER_S
+        self._looked[volume_id] = _Looked(state, oldest_s, opened)
+
+    def _judge(self, row: int, records: bytes, judge: Needed) -> _Dead:
+        volume_id = self._volume_id(row)
+        dead, died_s, opened = judge.dead(records, row)
         positions = np.flatnonzero(dead)
         seen_s = np.full(len(positions), int(time.time()) + 1, np.int64)
         known = self._seen.get(volume_id)
@@ -126,7 +164,30 @@ class Reclaimer:
         self._seen[volume_id] = positions, seen_s
         times = died_s.astype(np.int64)
         times[positions] = np.minimum(times[positions], seen_s)
-        return _Dead(records, dead, times, self.holes.lengths(row, records))
+        return _Dead(records, dead, times, self.holes.lengths(row, records), opened)
+
+    def _kept(self, volume_id: int, found: _Dead) -> npt.NDArray[np.bool_]:
+        """Return what is dead and was not let go yet."""
+        kept = found.dead.copy()
+        expired = self._expired.get(volume_id)
+        if expired is not None and len(kept):
+            kept[: len(expired)] &= ~expired  # the volume may have grown since
+        return kept
+
+    def _states(self) -> dict[int, _State]:
+        """Return the state of each volume, by its row, in the order of their sequence numbers."""
+        words = self._table.memory.words
+        alive = pointing(self._table)
+        rows = self._volumes.rows()
+        ids = set(map(self._volume_id, rows))
+        for known in (self._looked, self._seen, self._expired):
+            for gone in known.keys() - ids:
+                del known[gone]
+        states = {}
+        for row in rows:
+            end = words[Word.ACTIVE_END] if row == words[Word.ACTIVE] else self._table.volume(row).end
+            states[row] = int(alive[row]) if row < len(alive) else -1, end
+        return states
 
     # -- holes ------------------------------------------------------------------------------------------------
 
@@ -139,50 +200,47 @@ class Reclaimer:
             DiskFailure: as the disk says.
         """
         cutoff_s = self._shortage(urgent=urgent) or self.cutoff_s()
-        now_s = time.time()
-        images = live_bytes(self._table.memory)[0]
-        chosen = []
-        for row in self.holes.rows():
-            volume_id = self._volume_id(row)
-            state = images[row], self._table.volume(row).end
-            due = now_s >= self._due_s.get(volume_id, 0.0)
-            if everything or due or self._looked.get(volume_id, (-1, -1)) != state:
-                self._looked[volume_id] = state
-                chosen.append(row)
-        if not chosen:
-            return Reclaimed()
-        judge = Needed(self._table, self._held())
-        found = {row: self._examine_safely(row, judge) for row in chosen}
-        if not any(dead is not None and dead.dead.any() for dead in found.values()):
-            return Reclaimed()
-        if not self._limits.settle():
-            self._looked.clear()
+        found = self._look(cutoff_s, everything=everything)
+        chosen = {row: dead for row, dead in found.items() if (self._expiring(row, dead, cutoff_s)).any()}
+        if not chosen or not self._limits.settle():
             return Reclaimed()
         # A handle may have been opened before what it is open on died, and noted after that was judged.
-        held = Needed(self._table, self._held())
+        judge = Needed(self._table, self._held())
         holes = freed = 0
-        for row, dead in found.items():
-            if dead is None or not len(dead.dead):
-                continue
+        for row, dead in chosen.items():
             volume_id = self._volume_id(row)
-            expired = dead.dead & held.dead(dead.records, row)[0] & (dead.died_s < cutoff_s)
-            self._expired[volume_id] = expired
-            waiting = dead.died_s[dead.dead & ~expired]
-            self._due_s[volume_id] = NEVER_S
-            if len(waiting) and self._limits.retention_s > 0:
-                self._due_s[volume_id] = float(waiting.min()) + self._limits.retention_s + 1
-            if judge.is_held(dead.records):
-                self._due_s[volume_id] = now_s + 2
+            still = judge.dead(dead.records, row)
+            expired = self._expiring(row, dead, cutoff_s) & still.dead
+            before = self._expired.get(volume_id)
+            if before is not None:
+                expired[: len(before)] |= before & dead.dead[: len(before)]
             punched = self.holes.punch(row, dead.records, expired)
             holes, freed = holes + punched.holes, freed + punched.bytes
+            if punched.is_all:
+                self._expired[volume_id] = expired
+                self._note(volume_id, self._looked[volume_id].state, dead, still.opened)
         return Reclaimed(holes, freed)
 
-    def _examine_safely(self, row: int, judge: Needed) -> _Dead | None:
-        try:
-            return self._examine(row, judge)
-        except Damaged as error:
-            self._give_up(row, error)
-            return None
+    def _look(self, cutoff_s: float, *, everything: bool) -> dict[int, _Dead]:
+        """Look at the volumes in which something may have died, or become old enough; return what is dead, by row."""
+        held = frozenset(self._held())
+        changes = self._table.memory.words[Word.COUNTER]
+        due = any(looked.is_due(cutoff_s, held) for looked in self._looked.values())
+        if changes == self._changes and not due and not everything:
+            return {}
+        judge = Needed(self._table, held)
+        found = {}
+        for row, state in self._states().items():
+            looked = self._looked.get(self._volume_id(row))
+            if everything or looked is None or looked.state != state or looked.is_due(cutoff_s, held):
+                found[row] = self._examine(row, state, judge)
+        self._changes = changes
+        return found
+
+    def _expiring(self, row: int, found: _Dead, cutoff_s: float) -> npt.NDArray[np.bool_]:
+        """Return what of *found* is to be let go now."""
+        expiring: npt.NDArray[np.bool_] = self._kept(self._volume_id(row), found) & (found.died_s < cutoff_s)
+        return expiring
 
     def _give_up(self, row: int, error: Exception) -> None:
         volume_id = self._volume_id(row)
@@ -198,18 +256,18 @@ class Reclaimer:
         if time.monotonic() < self._sweep_again_s and not urgent:
             return 0
         self._sweep_again_s = time.monotonic() + _SWEEP_S
-        self._looked.clear()
-        judge = Needed(self._table, self._held())
+        held = frozenset(self._held())
+        judge = Needed(self._table, held)
         times, sizes = [], []
-        for row in self.holes.rows():
-            dead = self._examine_safely(row, judge)
-            if dead is not None and len(dead.dead):
-                fresh = dead.dead.copy()
-                punched = self._expired.get(self._volume_id(row))
-                if punched is not None:
-                    fresh[: len(punched)] &= ~punched
-                times.append(dead.died_s[fresh])
-                sizes.append(dead.sizes[fresh])
+        for row, state in self._states().items():
+            volume_id = self._volume_id(row)
+            looked = self._looked.get(volume_id)
+            if looked is not None and looked.state == state and not looked.is_due(NEVER_S, held):
+                continue  # nothing in it is kept
+            dead = self._examine(row, state, judge)
+            kept = self._kept(volume_id, dead)
+            times.append(dead.died_s[kept])
+            sizes.append(dead.sizes[kept])
         if not times:
             return 0
         died_s, lengths = np.concatenate(times), np.concatenate(sizes)

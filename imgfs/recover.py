@@ -383,13 +383,7 @@ class Recovery:
                 self._table.define_owner(needle.owner, needle.uid, needle.gid, needle.mode, -1)
 
     def _content(self, path: str) -> bytes:
-        if not self._disk.exists(path):
-            return b""
-        file = self._disk.open(path)
-        try:
-            return self._disk.read(file, 0, self._disk.size(file))
-        finally:
-            self._disk.close(file)
+        return self._disk.read_file(path) if self._disk.exists(path) else b""
 
     def _rewrite(self, path: str, data: bytes, old: bytes) -> None:
         """Make *data* the content of an index file that holds *old*."""

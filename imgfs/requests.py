@@ -31,7 +31,7 @@ _RESULT = struct.Struct("<QQ")
 _ROW_WORDS = REQUEST.size // 8
 _NOTE_WORDS = NOTE.size // 8
 # Words of a row, and of a note.
-_HANDLE, _INODE, _APPLIED, _PID, _NODE, _KEY, _SPARE, _OPCODE, _UNUSED, _TIME = range(10)
+_HANDLE, _INODE, _APPLIED, _PID, _NODE, _KEY, _WAITING, _OPCODE, _UNUSED, _TIME = range(10)
 
 
 class Request(NamedTuple):
@@ -80,6 +80,10 @@ class Requests:
         """Within `Memory.change`: note that this change is all that the request of *row* asked for."""
         self._memory.put(REQUESTS_AT + REQUEST.size * row + 8 * _INODE, _RESULT.pack(inode, 1))
 
+    def wait(self, row: int, *, waiting: bool) -> None:
+        """Note that the request of *row* waits for room, or not any more: then it is begun anew."""
+        self._rows[_ROW_WORDS * row + _WAITING] = waiting
+
     def end(self, row: int) -> None:
         """Note that the request of *row* is answered."""
         self._rows[_ROW_WORDS * row + _OPCODE] = 0
@@ -123,6 +127,11 @@ class Requests:
                 result = Result(words[_INODE], words[_HANDLE]) if words[_APPLIED] else None
                 found.append((row, request, result))
         return found
+
+    def at_work(self, worker: int) -> dict[int, Request]:
+        """Return, by row, what *worker* has in hand and is at: all but what waits for room."""
+        found = self.in_hand(worker)
+        return {row: request for row, request, _ in found if not self._rows[_ROW_WORDS * row + _WAITING]}
 
     def busy(self, worker: int) -> bool:
         """Return whether *worker* has anything in hand."""

@@ -23,11 +23,7 @@ def emptied_ns(disk: Disk, store_path: str) -> int:
     try:
         if not disk.exists(path):
             return 0
-        file = disk.open(path)
-        try:
-            data = disk.read(file, 0, disk.size(file))
-        finally:
-            disk.close(file)
+        data = disk.read_file(path)
     except OSError as error:
         raise disk_error(error, path) from error
     try:

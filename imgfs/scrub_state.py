@@ -5,14 +5,12 @@ Owns the file. Must not know how a store is scrubbed.
 *Concurrency:* written by whoever holds the scrub's lock, in one durable step; anybody may read it.
 """
 
-import json
-import logging
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from imgfs.disk import Disk
 from imgfs.format import IndexState
-
-log = logging.getLogger(__name__)
+from imgfs.state_file import read_state_file, write_state_file
 
 PROGRESS = "scrub.json"
 _FORMAT = 1
@@ -43,36 +41,25 @@ class State:
 def read_state(store_path: str, disk: Disk) -> State:
     """Return what the file of that store says; one that says nothing sensible is as good as none."""
     path = f"{store_path}/{PROGRESS}"
-    if not disk.exists(path):
-        return State()
-    file = disk.open(path)
-    try:
-        data = disk.read(file, 0, disk.size(file))
-    finally:
-        disk.close(file)
-    try:
-        content = json.loads(data)
-        if content["format"] != _FORMAT:
-            raise ValueError("format")
-        position = IndexState(**content["position"])
-        if not all(isinstance(value, int) and value >= 0 for value in (content["volume"], *position)):
-            raise TypeError("position")
-        return State(_round(content["now"]), _round(content["last"]), content["volume"], position)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        log.warning("%s is damaged; the next scrub begins anew", path)
-        return State()
+    return read_state_file(disk, path, _FORMAT, _state, "the next scrub begins anew") or State()
+
+
+def _state(content: dict[str, Any]) -> State:
+    position = IndexState(**content["position"])
+    if not all(isinstance(value, int) and value >= 0 for value in (content["volume"], *position)):
+        raise TypeError("position")
+    return State(_round(content["now"]), _round(content["last"]), content["volume"], position)
 
 
 def write_state(store_path: str, disk: Disk, state: State) -> None:
     """Make *state* durable. OSError as the disk says."""
     content = {
-        "format": _FORMAT,
         "now": asdict(state.now) if state.now is not None else None,
         "last": asdict(state.last) if state.last is not None else None,
         "volume": state.volume,
         "position": state.position._asdict(),
     }
-    disk.replace_file(f"{store_path}/{PROGRESS}", json.dumps(content, indent=2).encode() + b"\n")
+    write_state_file(disk, f"{store_path}/{PROGRESS}", _FORMAT, content)
 
 
 def _round(fields: dict[str, int] | None) -> Round | None:

@@ -189,11 +189,7 @@ class Staging:
 
     def attributes(self, number: int) -> bytes:
         """Return the extended attributes that wait for entry *number*, as `write_attributes` got them."""
-        file = self._disk.open(self._attributes_path(number, self.entry(number).flags))
-        try:
-            return self._disk.read(file, 0, self._disk.size(file))
-        finally:
-            self._disk.close(file)
+        return self._disk.read_file(self._attributes_path(number, self.entry(number).flags))
 
     def write_attributes(self, number: int, data: bytes) -> Staged:
         """Return the entry *number* as it is when the extended attributes *data* wait for it; `put` makes it so."""

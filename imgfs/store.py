@@ -266,6 +266,7 @@ class Store(Xattrs):
         settings = self.settings
         return Reclaimer(
             self._table,
+            self._volumes,
             self._handles.slots,
             lambda: self._disk.space(directory),
             Compaction(self._disk, directory, self.superblock, self._table, self._volumes, checkpoint),

@@ -154,11 +154,7 @@ class Usage:
         path = index_paths(volume.path).records
         data = b""
         if path not in self._wrong and self._disk.exists(path):
-            file = self._disk.open(path)
-            try:
-                data = self._disk.read(file, 0, self._disk.size(file))
-            finally:
-                self._disk.close(file)
+            data = self._disk.read_file(path)
         index = np.frombuffer(data, INDEX_RECORDS, len(data) // INDEX_RECORD_BYTES)
         offsets = index["offset8"].astype(np.int64) * ALIGNMENT
         good = (offsets < end) & (np.diff(offsets, prepend=NEEDLES_START - 1) > 0)

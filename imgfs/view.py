@@ -87,6 +87,9 @@ class Counts(NamedTuple):
     symlinks: int
     volumes: int
     volume_bytes: int
+    """How long the volumes are, holes included."""
+    disk_bytes: int
+    """What they take of the disk."""
     live_bytes: int
     memory_bytes: int
 
@@ -327,10 +330,10 @@ class View:
     def counts(self) -> Counts:
         """Return what is in the store."""
         words = self._memory.words
-        rows = [self._table.volume(entry) for entry in range(words[Word.VOLUMES])]
+        rows = self._volumes.rows()
         sizes = [
-            words[Word.ACTIVE_END] if self.writable and n == words[Word.ACTIVE] else row.end
-            for n, row in enumerate(rows)
+            words[Word.ACTIVE_END] if self.writable and row == words[Word.ACTIVE] else self._table.volume(row).end
+            for row in rows
         ]
         return Counts(
             words[Word.FILES],
@@ -338,6 +341,7 @@ class View:
             words[Word.SYMLINKS],
             len(rows),
             sum(sizes),
+            sum(self._volumes.get(row).volume.allocated_bytes() for row in rows),
             int(live_bytes(self._memory)[1].sum()),
             self._memory.resident_bytes(),
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from imgfs.disk import Disk
 from imgfs.errors import Stale
 from imgfs.index import Names, index_paths
-from imgfs.layout import Word
+from imgfs.layout import VOLUME_GONE, VOLUME_SEALED, Word
 from imgfs.plausible import NUMBER_MAX
 from imgfs.table import Table
 from imgfs.volume import Volume
@@ -96,6 +96,16 @@ class Volumes:
                     del self._open[entry]
                     opened.volume.close()
                     opened.names.close()
+
+    def rows(self, *, sealed: bool = False) -> list[int]:
+        """Return the rows of all volumes, or of the *sealed* ones, in the order of their sequence numbers."""
+        wanted = VOLUME_SEALED if sealed else 0
+        found = []
+        for row in range(self._table.memory.words[Word.VOLUMES]):
+            entry = self._table.volume(row)
+            if entry.flags & (VOLUME_GONE | wanted) == wanted:
+                found.append((entry.first_sequence, entry.volume_id, row))
+        return [row for _, _, row in sorted(found)]
 
     def prefetch_names(self) -> None:
         """Let the disk read all names into the page cache."""

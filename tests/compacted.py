@@ -45,7 +45,7 @@ def compact(store: Store, rows: list[int], *, cutoff_s: int = NEVER_S) -> int:
 def rows_of(store: Store) -> dict[int, int]:
     """Return the row of each volume, by its id, in the order of their sequence numbers."""
     table = store._table
-    return {table.volume(row).volume_id: row for row in store.reclaimer().holes.rows()}
+    return {table.volume(row).volume_id: row for row in store._volumes.rows()}
 
 
 def assert_tidy(store: Store) -> None:

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from imgfs import wire, worker
+from imgfs import maintenance, wire, worker
 from imgfs.acts import Acts
 from imgfs.cli import main
 from imgfs.disk import Disk
 from imgfs.express import Express
 from imgfs.fs import Filesystem
+from imgfs.images import Images
 from imgfs.memory import Memory
 
 # What a handler does that another process can see: each is a point to die at.
@@ -81,6 +82,24 @@ def hold_the_gate(marker: str) -> None:
         return got
 
     Desk._try_gate = hold  # type: ignore[method-assign]
+
+
+def hold_a_read(marker: str) -> None:
+    """A worker that knows where an image lies reads it only when there is a file *marker*.go, the first time.
+
+    Who gives space back waits for it, but not for long.
+    """
+    whole = Images.whole
+
+    def hold(self: Images, *args: Any, **named: Any) -> Any:
+        if _claim(marker) is not None:
+            deadline = time.monotonic() + 60
+            while not os.path.exists(f"{marker}.go") and time.monotonic() < deadline:
+                time.sleep(0.01)
+        return whole(self, *args, **named)
+
+    Images.whole = hold  # type: ignore[method-assign]
+    maintenance._SETTLE_S = 0.5
 
 
 def die_at_step(marker: str) -> None:
@@ -167,6 +186,7 @@ FAULTS = {
     "die-at-name": die_at_name,
     "die-at-start": die_at_start,
     "die-at-step": die_at_step,
+    "hold-a-read": hold_a_read,
     "hang-at-name": hang_at_name,
     "hold-the-gate": hold_the_gate,
     "never-at-once": never_at_once,

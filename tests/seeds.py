@@ -46,7 +46,7 @@ def reclaim(store: Store) -> None:
     reclaimer = store.reclaimer()
     reclaimer.punch(everything=True)
     compaction = reclaimer.compaction
-    rows = compaction.sealed()
+    rows = store._volumes.rows(sealed=True)
     if rows:
         row = compaction.run(compaction.plan(rows, Keep((), NEVER_S)), 0)
         compaction.remove(row, ())

@@ -339,7 +339,7 @@ def test_info(filled: Path, photos: Path, run: Run) -> None:
     assert (facts["images"], facts["directories"], facts["symlinks"]) == (20, 3, 1)
     assert facts["live_bytes"] == sum(5000 + number for number in range(20)) + len("album 1/IMG_0019.jpg")
     assert facts["volumes"] == len(list((filled / "volumes").glob("*.vol"))) > 1
-    assert facts["volume_bytes"] == facts["live_bytes"] + facts["other_bytes"]
+    assert facts["disk_bytes"] == facts["live_bytes"] + facts["other_bytes"]
     assert facts["volume_bytes_max"] == 65536
     assert (facts["pid"], facts["mountpoints"]) == (None, [])
     shown = run("info", filled).out

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from compacted import assert_sound, assert_tidy, compact, rows_of
+from crash_model import Clock
 from snapshots import assert_same, snapshot
 from stores import abandon_all, killed, new_store, put, rebuilt, reopened
 
 from imgfs.layout import Word
 from imgfs.store import ROOT, Store
 
+SECOND_NS = 10**9
 OLD, NEW = b"old" * 1000, b"new" * 1100
 
 
@@ -187,3 +189,21 @@ def test_what_is_gone_stays_away(change: Callable[[Store], None]) -> None:
         assert_tidy(volumes.store)
         assert_sound(volumes.store)
         abandon_all()
+
+
+def test_since_when_there_are_no_attributes_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the needle that says so knows the time, and no older one is left that it would have to undo."""
+    clock = Clock(monkeypatch)
+    volumes = Volumes()
+    clock.now_ns += 5 * SECOND_NS
+    changed_ns = clock.now_ns
+    volumes.change(remove_attributes)
+    clock.now_ns += 5 * SECOND_NS
+    wanted = snapshot(volumes.store)
+    for _ in range(2):
+        volumes.compact("all")
+        volumes.store = rebuilt(volumes.store)
+        assert_same(snapshot(volumes.store), wanted, "compacted, and from the volumes alone")
+    inode = volumes.store.resolve(b"attributed")
+    assert volumes.store.list_xattrs(inode) == []
+    assert volumes.store.attr(inode).ctime_ns // SECOND_NS == changed_ns // SECOND_NS

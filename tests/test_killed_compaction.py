@@ -48,7 +48,7 @@ def fill(store: Store) -> int:
 
 def publish(store: Store) -> None:
     compaction = store.reclaimer().compaction
-    plan = compaction.plan(compaction.sealed(), Keep(store._handles.slots()))
+    plan = compaction.plan(store._volumes.rows(sealed=True), Keep(store._handles.slots()))
     compaction.run(plan, 0)
 
 

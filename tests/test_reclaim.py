@@ -1,6 +1,7 @@
 """On a real mount: what is deleted gives its space back, and nobody who reads or writes notices."""
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -86,6 +87,9 @@ def test_df_falls_within_seconds_of_rm(stopped: Mounted, size: int, count: int) 
     shutil.rmtree(stopped.point / "gone")
     wait_until(lambda: disk_bytes(stopped) < before - 0.8 * size * count, "the volumes take less")
     wait_until(lambda: free_bytes(stopped) > shown + 0.8 * size * count, "df shows it")
+    facts = json.loads(imgfs("info", "--json", stopped.store))
+    assert facts["disk_bytes"] < before - 0.8 * size * count
+    assert facts["volume_bytes"] > size * count
     stopped.drop_caches()
     assert_whole(stopped.point / "stays")
 
@@ -109,6 +113,32 @@ def test_what_is_open_is_readable_until_it_is_closed(stopped: Mounted) -> None:
         assert disk_bytes(stopped) > before - 1.5 * size
     wait_until(lambda: disk_bytes(stopped) < before - 2.8 * size, "what was open is freed")
     assert (stopped.point / "replaced").read_bytes() == b"new"
+
+
+def test_nothing_is_freed_under_a_request_that_began_before(stopped: Mounted, tmp_path: Path) -> None:
+    """A worker has looked up where the target of a link lies, and reads it when the link is long gone."""
+    marker, target = tmp_path / "marker", "x" * 4000
+    stopped.start(NOW + ",workers=2", fault=("hold-a-read", str(marker)))
+    (stopped.point / "before").write_bytes(image(1, 50_000))
+    (stopped.point / "link").symlink_to(target)
+    (stopped.point / "behind").write_bytes(image(2, 50_000))
+    (stopped.point / "stays").write_bytes(b"x")
+    seen: list[str] = []
+    reading = threading.Thread(target=lambda: seen.append(os.readlink(stopped.point / "link")))
+    marker.touch()
+    reading.start()
+    try:
+        wait_until(lambda: not marker.exists(), "a worker has it in hand")
+        before = disk_bytes(stopped)
+        for name in ("before", "link", "behind"):
+            (stopped.point / name).unlink()
+        imgfs("compact", "--dry-run", stopped.store)  # looks for what is dead once more before it answers
+        assert disk_bytes(stopped) > before - 20_000
+    finally:
+        Path(f"{marker}.go").touch()
+        reading.join()
+    assert seen == [target]
+    wait_until(lambda: disk_bytes(stopped) < before - 80_000, "it is freed when that is answered")
 
 
 # -- compaction beside readers and writers ----------------------------------------------------------------------------
@@ -266,6 +296,18 @@ def test_what_is_kept_never_lets_a_write_fail(stopped: Mounted, disk: XfsDisk) -
                 (stopped.point / f"{number}").write_bytes(image(turn, MIB + turn))
             for number in range(4):
                 (stopped.point / f"{number}").unlink()
+
+
+def test_who_truncates_on_a_full_disk_is_not_waited_for(stopped: Mounted, disk: XfsDisk) -> None:
+    """It waits for room itself: with an open, which else reads."""
+    stopped.start("allow_other,retention=86400")
+    for turn in range(3):
+        fill(stopped.point / "images", 20, MIB, seed=turn)
+        with disk.filled_up(leaving=8 * MIB):
+            for number in range(1, 20):
+                (stopped.point / "images" / f"{number}").unlink()
+            (stopped.point / "images" / "0").write_bytes(image(turn, MIB))
+        assert_whole(stopped.point / "images")
 
 
 @pytest.mark.parametrize("retention", [0, 86_400])

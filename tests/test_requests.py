@@ -57,6 +57,20 @@ def test_a_row_holds_its_request_until_it_is_answered(shared: Shared) -> None:
     assert not requests.busy(3)
 
 
+def test_what_waits_for_room_is_in_hand_but_not_at_work(shared: Shared) -> None:
+    requests = shared.requests
+    requests.begin(ROW, ONE)
+    requests.begin(ROW + 1, OTHER)
+    requests.wait(ROW, waiting=True)
+    assert requests.at_work(3) == {ROW + 1: OTHER}
+    assert requests.in_hand(3) == [(ROW, ONE, None), (ROW + 1, OTHER, None)]
+    requests.wait(ROW, waiting=False)
+    assert requests.at_work(3) == {ROW: ONE, ROW + 1: OTHER}
+    requests.wait(ROW, waiting=True)
+    requests.begin(ROW, OTHER)
+    assert requests.at_work(3)[ROW] == OTHER, "another one does not wait"
+
+
 def test_the_last_row_of_the_last_worker(shared: Shared) -> None:
     shared.requests.begin(REQUESTS_MAX - 1, ONE)
     assert shared.requests.in_hand(WORKERS_MAX - 1) == [(REQUESTS_MAX - 1, ONE, None)]

@@ -21,15 +21,15 @@ from imgfs.trash import find
 def punch(work: Dated, cutoff_s: int) -> None:
     holes = work.store.reclaimer().holes
     judge = Needed(work.store._table, work.store._handles.slots())
-    for row in holes.rows():
+    for row in work.store._volumes.rows():
         records = holes.records(row)
-        dead, died_s = judge.dead(records, row)
+        dead, died_s, _ = judge.dead(records, row)
         holes.punch(row, records, dead & (died_s < cutoff_s))
 
 
 def compact(work: Dated, cutoff_s: int, chance: Random) -> None:
     compaction = work.store.reclaimer().compaction
-    rows = compaction.sealed()
+    rows = work.store._volumes.rows(sealed=True)
     first = chance.randrange(len(rows))
     last = chance.randrange(first, len(rows)) + 1
     row = compaction.run(compaction.plan(rows[first:last], Keep((), cutoff_s)), 0)

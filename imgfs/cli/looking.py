@@ -147,8 +147,8 @@ def stat_command(store_path: str, path: str, as_json: bool) -> None:
 def info_command(store_path: str, as_json: bool) -> None:
     """Show how much STORE holds, how much of its volumes is dead, its limits, and whether it is mounted.
 
-    Live bytes are the data of images that are there. The others are the headers and names that go with them, and
-    all that was deleted or replaced since.
+    Live bytes are the data of images that are there. What else is on the disk are the headers that go with them, and
+    what was deleted or replaced since and is not given back yet.
 
     \b
     Example:
@@ -157,7 +157,8 @@ def info_command(store_path: str, as_json: bool) -> None:
     with open_store(store_path) as store:
         counts, space, report = store.counts(), store.space(), store.report
         store_id, volume_bytes_max = uuid.UUID(bytes=store.superblock.store_id), store.superblock.volume_bytes_max
-    other_bytes = counts.volume_bytes - counts.live_bytes
+    # Data that has just been written may have no blocks yet.
+    other_bytes = max(0, counts.disk_bytes - counts.live_bytes)
     pid = owner(store_path)
     mountpoints = [mount.point for mount in of_store(store_path)]
     if as_json:
@@ -170,6 +171,7 @@ def info_command(store_path: str, as_json: bool) -> None:
             "symlinks": counts.symlinks,
             "volumes": counts.volumes,
             "volume_bytes": counts.volume_bytes,
+            "disk_bytes": counts.disk_bytes,
             "live_bytes": counts.live_bytes,
             "other_bytes": other_bytes,
             "memory_bytes": counts.memory_bytes,
@@ -191,9 +193,10 @@ def info_command(store_path: str, as_json: bool) -> None:
         "directories": f"{counts.directories:,}",
         "symbolic links": f"{counts.symlinks:,}",
         "volumes": f"{counts.volumes:,} of up to {binary_size(volume_bytes_max)} each",
-        "on disk": binary_size(counts.volume_bytes),
+        "on disk": binary_size(counts.disk_bytes),
+        "holes": f"{binary_size(max(0, counts.volume_bytes - counts.disk_bytes))}, given back already",
         "live": f"{binary_size(counts.live_bytes)} of data",
-        "other": f"{binary_size(other_bytes)} of headers, names, and what was deleted or replaced",
+        "other": f"{binary_size(other_bytes)} of headers, and of what was deleted or replaced",
         "free": binary_size(space.available * space.block_size),
         "table": f"{binary_size(counts.memory_bytes)} of memory",
         "limits": f"{counted(space.images_max, 'entry')}; images up to 4 GiB - 1; names up to {NAME_BYTES_MAX} bytes",
