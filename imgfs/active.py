@@ -252,8 +252,7 @@ class Active:
             for needle, place in zip(needles, places, strict=True):
                 self._table.apply(needle, place)
             memory.put_word(Word.NEXT_SEQUENCE, last.sequence + 1)
-            # One entry of the journal for all six.
-            memory.put(WORDS_AT + 8 * Word.ACTIVE_END, _PROGRESS.pack(*state, 0))
+            self._progress(state)
             if last.kind == Kind.CHECKPOINT and last.flags & FLAG_SEAL:
                 entry = places[-1].volume
                 row_of = self._table.volume(entry)
@@ -262,6 +261,11 @@ class Active:
                 self.requests.applied(row, first.extra_u64(Tag.TARGET) if first.kind == Kind.LINK else first.inode)
             if staged >= 0 and self.unstage is not None:
                 self.unstage(staged)
+
+    def _progress(self, state: IndexState) -> None:
+        """Within `Memory.change`: say that the files reach *state*, and that nothing is being appended any more."""
+        # One entry of the journal for all six.
+        self._memory.put(WORDS_AT + 8 * Word.ACTIVE_END, _PROGRESS.pack(*state, 0))
 
     def carry_on(self) -> None:
         """Within the lock: finish the write that a killed writer had begun, or cut away what there is of it."""

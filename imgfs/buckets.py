@@ -13,7 +13,7 @@ a bucket does not change that order, so a position stays valid whatever is added
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from imgfs.errors import Damaged
 from imgfs.layout import (
@@ -115,6 +115,27 @@ class Buckets:
         head = self._head(directory, buckets, bucket_of(value, buckets))
         return [slot for slot in self._chain(head) if self.hash_of(slot) == value]
 
+    def first_known(self, directory: int, values: Sequence[int]) -> int:
+        """Return the place in *values* of the first that is the name hash of a child of *directory*, else their count.
+
+        As `find` for each, for many.
+        """
+        children = self.children(directory)
+        if not children:
+            return len(values)
+        buckets = bucket_count(children)
+        start = self._head(directory, buckets, 0)
+        mask = (1 << buckets.bit_length()) - 1
+        u32_of, mapping = _U32.unpack_from, self._map
+        for place, value in enumerate(values):
+            bucket = value & mask
+            (reference,) = u32_of(mapping, start + BUCKET_BYTES * (bucket if bucket < buckets else bucket & mask >> 1))
+            while reference:
+                if u32_of(mapping, RECORDS_AT + RECORD_BYTES * (reference - 1) + AT_HASH)[0] & 0xFF_FFFF == value:
+                    return place
+                (reference,) = u32_of(mapping, LINKS_AT + LINK_BYTES * (reference - 1))
+        return len(values)
+
     def after(self, directory: int, position: int) -> list[tuple[int, int]]:
         """Return (position, slot) of the next children past *position*, in order; empty at the end.
 
@@ -151,6 +172,26 @@ class Buckets:
         self._memory.put_u32(LINKS_AT + LINK_BYTES * slot, self._u32(head))
         self._memory.put_u32(head, slot + 1)
         self._memory.put_u32(record_at(directory) + AT_CHILDREN, count + 1)
+
+    def extend(self, directory: int, first: int, values: Sequence[int]) -> None:
+        """Make the slots from *first* on, which were never used and get the hashes *values*, children of *directory*.
+
+        As `add` for each; all buckets are made before any of them is filled.
+        """
+        count = self.children(directory)
+        children = count + len(values)
+        buckets = bucket_count(children)
+        for number in range(bucket_count(count), buckets):
+            self._split(directory, number)
+        start = self._head(directory, buckets, 0)
+        mask = (1 << buckets.bit_length()) - 1
+        for slot, value in enumerate(values, first):
+            bucket = value & mask
+            head = start + BUCKET_BYTES * (bucket if bucket < buckets else bucket & mask >> 1)
+            # Nothing points to this link yet.
+            self._memory.fill(LINKS_AT + LINK_BYTES * slot, self._map[head : head + BUCKET_BYTES])
+            self._memory.put_u32(head, slot + 1)
+        self._memory.put_u32(record_at(directory) + AT_CHILDREN, children)
 
     def remove(self, directory: int, slot: int) -> None:
         """Take the child *slot* out of *directory*."""

@@ -32,6 +32,14 @@ class FileXattrs:
         self._spaces = _SPACES_OF_ROOT if os.geteuid() == 0 else (_USER,)
         self._refused: set[bytes] = set()
 
+    def has_none(self, file: int) -> bool:
+        """Return whether the open *file* surely has none that `bring_in` would bring in, or complain of."""
+        try:
+            found = os.listxattr(file)
+        except OSError as error:
+            return error.errno in _UNKNOWN
+        return not any(map(self._goes_along, map(os.fsencode, found)))
+
     def bring_in(self, file: int | bytes, path: bytes, inode: int, *, fresh: bool) -> None:
         """Give *inode* those of *file*, open or a path, and unless it is *fresh* take away others it has."""
         try:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from imgfs.batch import NewImage
 from imgfs.errors import (
     Damaged,
     Exists,
@@ -24,7 +25,10 @@ from imgfs.errors import (
     TooManyLinks,
 )
 from imgfs.file_xattrs import FileXattrs
-from imgfs.format import IMAGE_BYTES_MAX, Kind
+from imgfs.format import IMAGE_BYTES_MAX, Kind, storable_ns
+from imgfs.gathered import Gathered
+from imgfs.log import SMALL_BYTES
+from imgfs.same_files import File, SameFiles, identity
 from imgfs.store import ROOT, Attr, Store
 from imgfs.transfer import DEVICES, PIECE_BYTES, Observer, Tally, Totals, batches, reason
 
@@ -59,48 +63,13 @@ class _Imported(NamedTuple):
     status: os.stat_result
 
 
-_File = tuple[int, int]  # device and inode number
-
-
-class _Pairs:
-    """Which inode of the store is which file, of those that have several names in one or the other."""
-
-    def __init__(self) -> None:
-        self._inodes: dict[_File, int] = {}
-        self._files: dict[int, _File] = {}
-
-    def inode(self, status: os.stat_result) -> int | None:
-        """Return the inode that is the file of *status*, if it is known."""
-        return self._inodes.get(_identity(status))
-
-    def put(self, status: os.stat_result, inode: int) -> None:
-        """Note that *inode* was made from the file of *status*."""
-        if status.st_nlink > 1:
-            self._inodes[_identity(status)] = inode
-            self._files[inode] = _identity(status)
-
-    def fits(self, status: os.stat_result, attr: Attr) -> bool:
-        """Return whether what has *attr* can be the file of *status*, so that the same names share one inode in both.
-
-        If so, from now on it is.
-        """
-        if status.st_nlink == attr.nlink == 1:
-            return True
-        file = _identity(status)
-        if self._inodes.get(file, attr.inode) != attr.inode or self._files.get(attr.inode, file) != file:
-            return False
-        self._inodes[file] = attr.inode
-        self._files[attr.inode] = file
-        return True
-
-
 def measure_tree(source: bytes) -> Iterator[Totals]:
     """Count the files below the directory *source*; yield the sums as they grow, the last one is the whole.
 
     What cannot be read counts for nothing here; the copy will name it.
     """
     images = data_bytes = 0
-    seen: set[_File] = set()
+    seen: set[File] = set()
     pending = [source]
     while pending:
         try:
@@ -109,9 +78,9 @@ def measure_tree(source: bytes) -> Iterator[Totals]:
                     if entry.is_file(follow_symlinks=False):
                         status = entry.stat(follow_symlinks=False)
                         if status.st_nlink > 1:
-                            if _identity(status) in seen:
+                            if identity(status) in seen:
                                 continue
-                            seen.add(_identity(status))
+                            seen.add(identity(status))
                         images += 1
                         data_bytes += status.st_size
                     elif entry.is_dir(follow_symlinks=False):
@@ -146,31 +115,44 @@ class _Import:
         self._observer = observer
         self._resume = resume
         self._tally = Tally()
-        self._pairs = _Pairs()
+        self._pairs = SameFiles()
         self._xattrs = FileXattrs(store, self._tally, observer)
+        self._gathered = Gathered(store, self._tally, _ENTRY_ERRORS, self._skip)
+        # Directories whose entries are all in the store, or gathered.
+        self._left: list[_Imported] = []
         self._as_root = os.geteuid() == 0
         self._uid, self._gid = os.geteuid(), os.getegid()
-        self._store_directory = _identity(os.stat(store.path))
+        self._store_directory = identity(os.stat(store.path))
         self._synced_bytes = 0
         self._synced_s = time.monotonic()
 
     def run(self, source: bytes, into: bytes) -> Tally:
         self._check_outside(source)
         pending: list[_Enter | _Imported] = [_Enter(source, self._make_path(into))]
-        while pending:
-            step = pending.pop()
-            if isinstance(step, _Imported):
-                self._leave(step)
-            else:
-                pending.extend(self._enter(step))
+        try:
+            while pending:
+                step = pending.pop()
+                if isinstance(step, _Imported):
+                    self._left.append(step)
+                else:
+                    pending.extend(self._enter(step))
+        finally:
+            # However this ends, what was counted is in the store.
+            self._flush()
         self._store.sync()
         return self._tally
+
+    def _flush(self) -> None:
+        """Store what is gathered, then settle the directories that have all their entries now."""
+        self._gathered.flush()
+        while self._left:
+            self._leave(self._left.pop(0))
 
     def _check_outside(self, source: bytes) -> None:
         """Make sure that *source* is not of the files that the store itself consists of."""
         path = os.path.realpath(source)
         while os.path.exists(path):
-            if _identity(os.stat(path)) == self._store_directory:
+            if identity(os.stat(path)) == self._store_directory:
                 raise InvalidArgument(
                     f"'{os.fsdecode(source)}' is where the store itself lies, which cannot be imported into itself"
                 )
@@ -200,7 +182,7 @@ class _Import:
         path = step.path
         try:
             status = os.stat(path) if step.inode else os.lstat(path)
-            if _identity(status) == self._store_directory:
+            if identity(status) == self._store_directory:
                 self._skip(path, "it is the store itself")
                 return []
             scan = os.scandir(path)
@@ -255,6 +237,7 @@ class _Import:
             if entry.is_file(follow_symlinks=False):
                 self._image(entry, directory, empty)
             else:
+                self._gathered.flush()
                 self._other(entry, directory, empty)
         except _ENTRY_ERRORS as error:
             self._skip(entry.path, str(error))
@@ -262,6 +245,7 @@ class _Import:
             self._skip(entry.path, str(error))
         self._observer.advanced(self._tally)
         if self._tally.data_bytes - self._synced_bytes >= _SYNC_BYTES or time.monotonic() - self._synced_s >= _SYNC_S:
+            self._flush()
             self._store.sync()
             self._synced_bytes = self._tally.data_bytes
             self._synced_s = time.monotonic()
@@ -279,15 +263,44 @@ class _Import:
             file = os.open(entry.path, _READ_FLAGS)
         except OSError as error:
             raise _SourceFailed(reason(error)) from None
-        before = self._tally.data_bytes
         try:
             status = os.fstat(file)
-            if status.st_nlink > 1 and self._link(status, Kind.FILE, directory, entry.name, empty):
+            if known is None and self._gather(file, status, entry, directory):
                 return
-            size = status.st_size
+            self._gathered.flush()
+            self._put(file, status, entry, directory, empty, known)
+        finally:
+            os.close(file)
+
+    def _gather(self, file: int, status: os.stat_result, entry: "os.DirEntry[bytes]", directory: int) -> bool:
+        """Let the image in *file* be stored with others; return False if it is one that goes on its own."""
+        if status.st_nlink > 1 or status.st_size > SMALL_BYTES or not self._xattrs.has_none(file):
+            return False
+        data = _read_whole(file, status.st_size)
+        mtime_ns = storable_ns(status.st_mtime_ns)
+        self._gathered.add(NewImage(directory, entry.name, data, *self._owner(status), mtime_ns), entry.path)
+        if self._gathered.is_full():
+            self._flush()
+        return True
+
+    def _put(
+        self,
+        file: int,
+        status: os.stat_result,
+        entry: "os.DirEntry[bytes]",
+        directory: int,
+        empty: bool,
+        known: Attr | None,
+    ) -> None:
+        """Store the image in *file* in place of what is *known* to have its name, with what else belongs to it."""
+        if status.st_nlink > 1 and self._link(status, Kind.FILE, directory, entry.name, empty):
+            return
+        before = self._tally.data_bytes
+        size = status.st_size
+        data: bytes | Iterator[bytes]
+        try:
             if size > IMAGE_BYTES_MAX:
                 raise TooLarge("an image has at most 4 GiB - 1 bytes")
-            data: bytes | Iterator[bytes]
             if size <= PIECE_BYTES:
                 # A file that shrank meanwhile is taken as it is now; of one that grew, what belongs to its mtime.
                 data = _read_whole(file, size)
@@ -309,8 +322,6 @@ class _Import:
             # Pieces of it may be counted already.
             self._tally.data_bytes = before
             raise
-        finally:
-            os.close(file)
         self._tally.images += 1
         self._tally.data_bytes = before + size
 
@@ -453,10 +464,6 @@ class _Import:
     def _skip(self, path: bytes, reason: str) -> None:
         self._tally.skipped += 1
         self._observer.skipped(path, reason)
-
-
-def _identity(status: os.stat_result) -> _File:
-    return status.st_dev, status.st_ino
 
 
 def _read_whole(file: int, size: int) -> bytes:

@@ -65,6 +65,8 @@ WORDS = 128
 
 # In place of that: the records of the volume with entry APPENDING >> 8 are moved to where its needles are now.
 MOVING = 2
+# Or: many images in one write, see batch.py.
+BATCH = 4
 
 
 def appending(row: int, staged: int) -> int:

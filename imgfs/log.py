@@ -7,13 +7,13 @@ wants; a needle comes in, and lies on disk and in the table when `append` return
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from imgfs.active import SMALL_BYTES, Part, Range
+from imgfs.batch import IMAGES_AT_ONCE, Batches, NewImage
 from imgfs.disk import Buffer
 from imgfs.errors import DiskFailure, ImgfsError, StoreFull
-from imgfs.failed_sync import FailedSync
 from imgfs.format import (
     FLAG_PAIR,
     NAMES_BYTES_LIMIT,
@@ -47,7 +47,7 @@ _END_BYTES = 64 * MIB
 _ROLL_BYTES = 4096
 
 
-class Log(FailedSync):
+class Log(Batches):
     """The writing end of a store that is open for writing."""
 
     # Bytes that need no question whether there is room, and until when.
@@ -125,8 +125,7 @@ class Log(FailedSync):
         """Roll to a new volume if *needle* does not fit into this one."""
         end = self._words[Word.ACTIVE_END] + length
         names_end = self._words[Word.NAMES_END] + 1 + len(needle.name)
-        limit = min(self._settings.volume_bytes_max, VOLUME_BYTES_LIMIT - _END_BYTES)
-        fits = end <= limit and names_end <= NAMES_BYTES_LIMIT
+        fits = end <= self._limit() and names_end <= NAMES_BYTES_LIMIT
         if self._is_sealed():
             self._finish_seal()
             self.begin_volume()
@@ -135,6 +134,10 @@ class Log(FailedSync):
                 return  # the disk is full: what takes no data may still go here, so that images can be deleted
             self._seal()
             self.begin_volume()
+
+    def _limit(self) -> int:
+        """Return where a volume ends at most, but for its seal."""
+        return min(self._settings.volume_bytes_max, VOLUME_BYTES_LIMIT - _END_BYTES)
 
     # -- appending --------------------------------------------------------------------------------------------
 
@@ -175,6 +178,37 @@ class Log(FailedSync):
                     self._define_owner(part.needle)
             return self._write(*parts, row=self.requester if answers else NOBODY, staged=staged)
 
+    def append_images(self, images: Sequence[NewImage], first: int) -> int:
+        """Append the first of *images* that fit into this volume; return how many, which may be none.
+
+        They get the slots from *first* on, which were never used. Where none fits, `append` takes one, and rolls.
+
+        Raises:
+            StoreFull, StoreLimit, DiskFailure: as `append`; none of them is in the store.
+        """
+        self._mend()
+        if self._is_sealed() or not images or self._words[Word.ACTIVE_END] + images[0].length > self._limit():
+            return 0
+        with self._disk_errors(self.volume.path):
+            images = images[:IMAGES_AT_ONCE]
+            owners = {
+                key: self._owner_here(*key) for key in {(image.uid, image.gid, image.mode): 0 for image in images}
+            }
+            if any(self._table.owner(number) != key for key, number in owners.items()):
+                return 0  # none was left, and one of these was given another meaning, as nothing had it yet
+            end, names_end = self._words[Word.ACTIVE_END], self._words[Word.NAMES_END]
+            count = 0
+            for image in images:
+                end += image.length
+                names_end += 1 + len(image.name)
+                if end > self._limit() or names_end > NAMES_BYTES_LIMIT:
+                    break
+                count += 1
+            if count:
+                self.check_room(end - self._words[Word.ACTIVE_END])
+                self._write_images(images[:count], owners, first)
+        return count
+
     def _has_room(self, size: int) -> bool:
         # Every change asks. Where there is plenty, a small part of that is taken for granted for a moment.
         now_s = time.monotonic()
@@ -199,11 +233,15 @@ class Log(FailedSync):
 
     def _define_owner(self, needle: Needle) -> None:
         """Set the owner number of *needle*; the first time in a volume, a needle says what it means."""
-        owner = needle.owner = self._table.owner_index(needle.uid, needle.gid, needle.mode)
+        needle.owner = self._owner_here(needle.uid, needle.gid, needle.mode)
+
+    def _owner_here(self, uid: int, gid: int, mode: int) -> int:
+        """Return the number of an owner; the first time in a volume, a needle says what it means."""
+        owner = self._table.owner_index(uid, gid, mode)
         known = owner < self._words[Word.OWNERS]
         if not known or self._table.owner_volume(owner) != self._words[Word.ACTIVE]:
-            definition = Needle(Kind.OWNER, 0, mode=needle.mode, uid=needle.uid, gid=needle.gid, owner=owner)
-            self._write(Part(definition))
+            self._write(Part(Needle(Kind.OWNER, 0, mode=mode, uid=uid, gid=gid, owner=owner)))
+        return owner
 
     # -- making durable ---------------------------------------------------------------------------------------
 

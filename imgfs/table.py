@@ -8,7 +8,7 @@ after it was appended, and applying the same needles in the same order gives the
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from imgfs.buckets import Buckets, record_at
 from imgfs.errors import Damaged, StoreLimit
@@ -30,6 +30,7 @@ from imgfs.layout import (
     AT_FLAGS,
     AT_MTIME,
     AT_OWNER,
+    AT_PARENT,
     AT_SUBDIRECTORIES,
     RECORD,
     RECORD_BYTES,
@@ -248,6 +249,23 @@ class Table(Owners):
             if not known:
                 self.touch(parent, needle.ctime_ns)
         return not known
+
+    def put_new(self, first: int, volume: int, records: Sequence[bytes]) -> None:
+        """Put images into the slots from *first* on, never used so far, as their index *records* (39 bytes) say.
+
+        They lie in the volume with that entry. Who calls makes them children of their directories.
+        """
+        # All behind the slot is the same in both kinds of records (layout.py, format.py).
+        head = RECORD.pack(Kind.FILE, volume, volume, *[0] * 8)[:AT_PARENT]
+        # Nothing points there yet, so no before-images are kept: `forget_new` makes them zeros again.
+        self.memory.fill(record_at(first), b"".join(head + record[AT_PARENT:] for record in records))
+        self.memory.put_word(Word.SLOTS, first + len(records))
+        self._add_word(Word.FILES, len(records))
+
+    def forget_new(self, count: int) -> None:
+        """Clear the *count* records behind the last slot that was ever used: a `put_new` that was undone left them."""
+        slot = self.memory.words[Word.SLOTS]
+        self.memory.fill(record_at(slot), bytes(RECORD_BYTES * min(count, SLOTS_MAX - slot)))
 
     def add_unborn(self, slot: int, record: Record, now_ns: int) -> None:
         """Put an image into the table that no needle has named yet; it is gone after a crash, as was promised."""

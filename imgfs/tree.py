@@ -5,17 +5,22 @@ Owns the rules of what may be done to a name. Must not know FUSE.
 *Concurrency:* each call takes the table's lock, checks, and appends one needle: that is its commit point.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import TypeVar
 
+from imgfs.batch import IMAGES_AT_ONCE, NewImage
 from imgfs.disk import Buffer
 from imgfs.errors import (
     Exists,
+    ImgfsError,
     InvalidArgument,
     IsADirectory,
     NameTooLong,
     NotEmpty,
     NotFound,
+    StoreFull,
+    StoreLimit,
     TooLarge,
     TooManyLinks,
 )
@@ -31,11 +36,11 @@ from imgfs.format import (
     slot_of,
     storable_ns,
 )
-from imgfs.layout import Flag, Word
+from imgfs.layout import SLOTS_MAX, Flag, Word
 from imgfs.log import SMALL_BYTES, Part
 from imgfs.opening import ROOT
 from imgfs.records import Record
-from imgfs.view import View
+from imgfs.view import View, check_name
 
 T = TypeVar("T")
 
@@ -155,6 +160,69 @@ class Tree(View):
         """
         pieces = [data] if isinstance(data, bytes | bytearray | memoryview) else data
         return self._put(parent, name, Kind.FILE, pieces, size, mode, uid, gid, mtime_ns)
+
+    def put_new(self, images: Sequence[NewImage]) -> int:
+        """Store the first of *images*, at least one, as `put` does, many in one append; return how many.
+
+        They are all in the store then, in that order, or, where this raises, none is.
+
+        Raises:
+            As `put`.
+        """
+
+        def change(_: int) -> int:
+            count = self._free_among(images[:IMAGES_AT_ONCE])
+            words = self._memory.words
+            # Slots that rested long enough are taken one by one, as their turn comes.
+            if words[Word.FREE_COUNT] <= self.settings.rest_slots and words[Word.SLOTS] + count <= SLOTS_MAX:
+                try:
+                    count = self._images.writer().append_images(images[:count], words[Word.SLOTS])
+                except (StoreFull, StoreLimit):
+                    count = 0  # one may still go in
+            else:
+                count = 0
+            if not count:
+                parent, name, data, uid, gid, mode, mtime_ns = images[0]
+                self.put(parent, name, data, len(data), mode=mode, uid=uid, gid=gid, mtime_ns=mtime_ns)
+            return max(1, count)
+
+        return self._locked(change)
+
+    def _free_among(self, images: Sequence[NewImage]) -> int:
+        """Return how many of *images* come before the first that needs more than an append of many can do."""
+        names: set[tuple[int, bytes]] = set()
+        free = 0
+        for parent, group in groupby(images, lambda image: image.parent):
+            wanted = list(group)
+            count = self._free_in(parent, wanted, names)
+            free += count
+            if count < len(wanted):
+                break
+        return free
+
+    def _free_in(self, parent: int, images: Sequence[NewImage], names: set[tuple[int, bytes]]) -> int:
+        """As `_free_among` of *images* that are all to be in *parent*; *names* are those of images before them."""
+        hashes = []
+        try:
+            if self._directory(parent).flags & Flag.DEAD:
+                return 0
+            for image in images:
+                check_name(image.name)
+                key = parent, image.name
+                if key in names or len(image.data) > SMALL_BYTES:
+                    break
+                names.add(key)
+                hashes.append(self._table.hash(image.name))
+        except ImgfsError:
+            pass  # told when it is put
+        count = 0
+        while count < len(hashes):
+            count += self._table.buckets.first_known(slot_of(parent), hashes[count:])
+            if count < len(hashes):
+                if self._find(parent, images[count].name)[1]:
+                    break
+                count += 1  # another name with that hash
+        return count
 
     def _put(
         self,

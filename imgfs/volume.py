@@ -325,6 +325,15 @@ class Volume:
             sums = checksums(b"".join(data)) if len(data) != 1 else checksums(data[0])
         self._disk.write(self._file, offset, [header, *data, self._end_of(needle, sums)])
 
+    def around(self, offset: int, needle: Needle, data: Buffer) -> tuple[bytes, bytes]:
+        """Return what *needle* has at *offset* before its *data*, at most a MiB, and behind it."""
+        header = pack_needle_header(needle, self._seed, offset)
+        return header, self._end_of(needle, checksums(data))
+
+    def write(self, offset: int, needles: Sequence[Buffer]) -> None:
+        """Write *needles*, packed, at *offset*. OSError as `write_needle`."""
+        self._disk.write(self._file, offset, needles)
+
     def write_large_needle(self, offset: int, needle: Needle, pieces: Iterable[Buffer]) -> None:
         """Write *needle* at *offset* with data that comes in *pieces*, never all of it in memory.
 

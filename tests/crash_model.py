@@ -18,6 +18,7 @@ from powercut import SimulatedDisk
 from snapshots import Attributes, Plain, Snapshot, assert_same, difference, groups, plain, snapshot
 from survivors import NOTHING_UNSYNCED
 
+from imgfs.batch import NewImage
 from imgfs.format import Kind, Needle
 from imgfs.log import Log
 from imgfs.settings import KIB, Settings
@@ -68,8 +69,14 @@ class Cut:
     step: int
     what: str
     disk: SimulatedDisk
-    acknowledged: int  # operations that had returned; one more may be in hand
+    acknowledged: int  # operations that had returned
     synced: int  # of those, how many a sync covers that has returned
+    in_hand: int = 1  # how many more were asked for, and may have been done
+
+    @property
+    def highest(self) -> int:
+        """The last state that may be there."""
+        return self.acknowledged + self.in_hand
 
     def __str__(self) -> str:
         return f"before step {self.step} ({self.what}): {self.synced} synced, {self.acknowledged} acknowledged"
@@ -84,6 +91,7 @@ class Workload:
     disk: SimulatedDisk = field(default_factory=SimulatedDisk)
     history: list[Snapshot] = field(default_factory=list)
     synced: int = 0
+    in_hand: int = 1
     model: dict[bytes, Thing] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)
 
@@ -103,7 +111,7 @@ class Workload:
 
         def before(what: str) -> None:
             disk = self.disk.copy()
-            self.cuts.append(Cut(self.disk.steps, what, disk, self.acknowledged, self.synced))
+            self.cuts.append(Cut(self.disk.steps, what, disk, self.acknowledged, self.synced, self.in_hand))
 
         self.disk.before_step = before
 
@@ -168,6 +176,27 @@ class Workload:
             )
             thing = self.model.setdefault(path, Thing(Kind.FILE, mode))
             thing.kind, thing.mode, thing.data, thing.uid, thing.device = Kind.FILE, mode, data, UID, 0
+
+    def put_new(self, images: dict[bytes, bytes], mode: int = 0o644) -> None:
+        """Put *images*, by path, with calls that take many each; each of them counts as an operation."""
+        wanted = [
+            NewImage(*self._at(path), data, UID, GID, mode, self.clock.now_ns // 2) for path, data in images.items()
+        ]
+        paths = list(images)
+        while wanted:
+            self.clock.tick()
+            self.in_hand = len(wanted)
+            count = self.store.put_new(wanted)
+            self.in_hand = 1
+            self.model |= {path: Thing(Kind.FILE, mode, images[path]) for path in paths[:count]}
+            seen = self._look()
+            before = self.history[-1]
+            for done in range(1, count + 1):
+                touched = {path.rpartition(b"/")[0] for path in paths[:done]}
+                state = {path: node for path, node in seen.items() if path not in paths[done:count]}
+                late = {path for path, node in state.items() if node.kind == Kind.DIRECTORY} - touched
+                self.history.append(state | {path: before[path] for path in late})
+            wanted, paths = wanted[count:], paths[count:]
 
     def truncate(self, path: bytes, size: int) -> None:
         with self._operation():

@@ -9,8 +9,9 @@ import pytest
 from command_line import COMMAND, Run, flip, place_of, volume_file
 
 from imgfs import cli
+from imgfs.batch import NewImage
 from imgfs.errors import EXIT_DAMAGED, EXIT_FAILURE, EXIT_USAGE
-from imgfs.store import Store
+from imgfs.gathered import Gathered
 
 
 def test_photos_go_in_and_come_out(store: Path, photos: Path, tmp_path: Path, run: Run) -> None:
@@ -107,16 +108,16 @@ def test_an_interrupt_leaves_whole_images(
     store: Path, photos: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    real = Store.put
+    real = Gathered.add
 
-    def put(self: Store, *arguments: object, **more: object) -> int:
+    def add(self: Gathered, image: NewImage, path: bytes) -> None:
         nonlocal calls
         calls += 1
         if calls == 5:
             signal.raise_signal(signal.SIGINT)
-        return real(self, *arguments, **more)  # type: ignore[arg-type]
+        real(self, image, path)
 
-    monkeypatch.setattr(Store, "put", put)
+    monkeypatch.setattr(Gathered, "add", add)
     done = run("import", photos, store)
     assert done.code == cli.EXIT_INTERRUPTED
     assert done.out == ""

@@ -9,6 +9,7 @@ import pytest
 from killed_store import killed_at, new_store, on_disk
 from stores import Found, content, put, tree
 
+from imgfs.batch import NewImage
 from imgfs.errors import BadHandle
 from imgfs.requests import TASKS_MAX, Request
 from imgfs.store import ROOT, Store
@@ -205,6 +206,19 @@ def seal_and_go_on(store: Store) -> Scene:
     return Scene(lambda worker: put(worker, directory, b"next", bytes(20 * KIB)))
 
 
+def put_many(store: Store) -> Scene:
+    directory = store.mkdir(ROOT, b"d", 0o755, 0, 0)
+    put(store, directory, b"there")
+    images = [NewImage(directory, b"%d" % number, bytes(number), 1, 1, 0o600, number) for number in range(20)]
+
+    def call(worker: Store) -> None:
+        done = 0
+        while done < len(images):
+            done += worker.put_new(images[done:])
+
+    return Scene(call, once=False, needles=20)
+
+
 def sync_with_a_checkpoint(store: Store) -> Scene:
     directory = store.mkdir(ROOT, b"d", 0o755, 0, 0)
     for number in range(10):
@@ -246,6 +260,7 @@ SCENES: dict[str, Callable[[Store], Scene]] = {
         cut,
         cut_to_nothing_at_open,
         seal_and_go_on,
+        put_many,
         sync_with_a_checkpoint,
     )
 }

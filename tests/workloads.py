@@ -74,6 +74,20 @@ def large_images(work: Workload) -> None:
     work.rename(b"/huge", b"/large")
 
 
+def many_at_once(work: Workload) -> None:
+    """Many new images in one append: in several directories, over two volumes, with an owner that is new there."""
+    work.mkdir(b"/a")
+    work.mkdir(b"/b", 0o700)
+    work.put_new({b"/a/%d" % number: photo(700 * number, number) for number in range(7)})
+    work.sync()
+    first = {b"/b/%d" % number: photo(900, number) for number in range(5)}
+    work.put_new(first | {b"/a/x%d" % number: photo(2000, 10 + number) for number in range(5)}, 0o640)
+    work.rename(b"/b/3", b"/a/3")
+    work.put_new({b"/%d" % number: photo(3000, 20 + number) for number in range(14)})
+    work.sync()
+    work.put_new({b"/b/3": photo(100, 40), b"/b/5": photo(100, 41), b"/b/6": photo(0, 42)}, 0o600)
+
+
 def names_and_attributes(work: Workload) -> None:
     """Every operation on further names, swapped names, special files and extended attributes, over two volumes."""
     work.mkdir(b"/d")

@@ -60,7 +60,8 @@ def import_command(directory: str, store_path: str, into: str | None, resume: bo
     with open_store(store_path, writable=True) as store, _deferred_interrupt() as interrupt:
         totals = Totals(0, 0)
         with Progress("counting", sys.stderr, quiet=quiet) as progress:
-            for totals in measure_tree(source):
+            # Only who is shown how far it is needs to know how far it goes.
+            for totals in () if quiet else measure_tree(source):
                 progress.show(*totals)
                 interrupt.check()
         copy = _Copy("import", totals, interrupt, quiet=quiet)
