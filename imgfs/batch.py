@@ -32,9 +32,10 @@ from imgfs.index import pack_name, pack_record
 from imgfs.layout import BATCH, Word
 from imgfs.plausible import NUMBER_MAX
 
-# One change has room for so many: of an image the journal takes its record, the head of a bucket and its share of the
-# buckets that are split.
+# One change has room for so many images, in so many runs of one directory: the journal takes of each image the head of
+# a bucket and its share of the buckets that are split, of each run the times and, at worst, a split of its own.
 IMAGES_AT_ONCE = 256
+DIRECTORIES_AT_ONCE = 32
 
 
 class NewImage(NamedTuple):

@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 from imgfs.batch import IMAGES_AT_ONCE, NewImage
 from imgfs.errors import ImgfsError
+from imgfs.log import SMALL_BYTES
 from imgfs.store import Store
 from imgfs.transfer import Tally
 
 # Waiting bytes: few enough to be in the processor's cache still when they are written.
-_BYTES_MAX = 1 << 20
+_BYTES_MAX = 512 << 10
 
 
 class Gathered:
@@ -33,12 +34,15 @@ class Gathered:
         self._images: list[NewImage] = []
         self._paths: list[bytes] = []
         self._data_bytes = 0
+        # One place for the bytes of all that wait: to free and ask for memory again for each takes more than to read.
+        self._buffer = memoryview(bytearray(_BYTES_MAX + SMALL_BYTES))
 
-    def __bool__(self) -> bool:
-        return bool(self._images)
+    def room(self, size: int) -> memoryview:
+        """Return where the *size* bytes, at most a MiB, of the image that is added next can be read to."""
+        return self._buffer[self._data_bytes : self._data_bytes + size]
 
     def add(self, image: NewImage, path: bytes) -> None:
-        """Let *image*, which was read from *path*, be stored with the next `flush`."""
+        """Let *image*, which was read from *path* into `room`, be stored with the next `flush`."""
         self._images.append(image)
         self._paths.append(path)
         self._data_bytes += len(image.data)

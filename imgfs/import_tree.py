@@ -276,7 +276,7 @@ class _Import:
         """Let the image in *file* be stored with others; return False if it is one that goes on its own."""
         if status.st_nlink > 1 or status.st_size > SMALL_BYTES or not self._xattrs.has_none(file):
             return False
-        data = _read_whole(file, status.st_size)
+        data = _read_into(file, self._gathered.room(status.st_size))
         mtime_ns = storable_ns(status.st_mtime_ns)
         self._gathered.add(NewImage(directory, entry.name, data, *self._owner(status), mtime_ns), entry.path)
         if self._gathered.is_full():
@@ -475,3 +475,14 @@ def _read_whole(file: int, size: int) -> bytes:
     except OSError as error:
         raise _SourceFailed(reason(error)) from None
     return data
+
+
+def _read_into(file: int, room: memoryview) -> memoryview:
+    """Fill *room* with what is in *file* from where it stands; return less of it only where *file* ends."""
+    try:
+        done = os.readv(file, [room])
+        while done < len(room) and (more := os.readv(file, [room[done:]])):
+            done += more
+    except OSError as error:
+        raise _SourceFailed(reason(error)) from None
+    return room[:done]

@@ -6,10 +6,10 @@ Owns the rules of what may be done to a name. Must not know FUSE.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TypeVar
 
-from imgfs.batch import IMAGES_AT_ONCE, NewImage
+from imgfs.batch import DIRECTORIES_AT_ONCE, IMAGES_AT_ONCE, NewImage
 from imgfs.disk import Buffer
 from imgfs.errors import (
     Exists,
@@ -192,7 +192,7 @@ class Tree(View):
         """Return how many of *images* come before the first that needs more than an append of many can do."""
         names: set[tuple[int, bytes]] = set()
         free = 0
-        for parent, group in groupby(images, lambda image: image.parent):
+        for parent, group in islice(groupby(images, lambda image: image.parent), DIRECTORIES_AT_ONCE):
             wanted = list(group)
             count = self._free_in(parent, wanted, names)
             free += count

@@ -11,7 +11,7 @@ from powercut import SimulatedDisk
 from stores import PATH, TINY, abandon, disk_of, killed, new_store, open_store, put, rebuilt, reopened, tree
 from tables import check, dump
 
-from imgfs.batch import IMAGES_AT_ONCE, NewImage
+from imgfs.batch import DIRECTORIES_AT_ONCE, IMAGES_AT_ONCE, NewImage
 from imgfs.errors import ImgfsError, IsADirectory, NotADirectory, NotFound, StoreFull
 from imgfs.layout import Word
 from imgfs.records import Record
@@ -247,3 +247,17 @@ def test_of_what_a_killed_worker_was_storing_nothing_comes_back() -> None:
         if not was_killed:
             break
     assert cut > 3
+
+
+def test_one_for_each_of_many_directories() -> None:
+    """Each of them gets a bucket more by it, which takes most of the journal."""
+    store = new_store(LARGE)
+    directories = [store.mkdir(ROOT, b"d%d" % number, 0o755, 0, 0) for number in range(300)]
+    for name in range(7):
+        put_all(store, [NewImage(each, b"%d" % name, b"", 0, 0, 0o644, 1) for each in directories])
+    counts = put_all(store, [NewImage(each, b"7", b"x", 0, 0, 0o644, 1) for each in directories])
+    assert max(counts) == DIRECTORIES_AT_ONCE
+    check(store._table, dump(store._table))
+    seen = tree(store)
+    assert len(seen) == 9 * 300
+    assert tree(killed(store)) == seen

@@ -231,3 +231,28 @@ def test_a_ring_is_an_error_and_no_endless_loop() -> None:
     with pytest.raises(AssertionError, match="form a ring"):
         buckets.find(0, 2)
     memory.close()
+
+
+@given(st.lists(HASHES, max_size=60), st.lists(HASHES, min_size=1, max_size=200), st.lists(HASHES, max_size=20))
+def test_many_at_once_are_as_each_alone(there: list[int], new: list[int], asked: list[int]) -> None:
+    listings = []
+    for together in (False, True):
+        memory, buckets = new_buckets()
+        for slot, value in enumerate(there + new, FIRST_SLOT):
+            set_hash(memory, slot, value)
+        with memory.change():
+            for slot in range(FIRST_SLOT, FIRST_SLOT + len(there)):
+                buckets.add(0, slot)
+        first = FIRST_SLOT + len(there)
+        with memory.change():
+            if together:
+                buckets.extend(0, first, new)
+            else:
+                for slot in range(first, first + len(new)):
+                    buckets.add(0, slot)
+        listings.append(listing(buckets, 0))
+        known = [place for place, value in enumerate(asked) if buckets.find(0, value)]
+        assert buckets.first_known(0, asked) == (known[0] if known else len(asked))
+        memory.close()
+    assert listings[0] == listings[1]
+    assert len(listings[0]) == len(there) + len(new)
