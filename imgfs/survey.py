@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from imgfs.format import FLAG_PAIR, Needle
+from imgfs.saved_format import SAVED_TABLE
 from imgfs.volume import Gap, Volume
 from imgfs.volumes import VOLUMES
 
@@ -23,7 +24,7 @@ class Damage:
     length: int
     text: str
     inode: int = 0
-    suffix: str = ".vol"  # of the file; with volume 0 it is the superblock
+    suffix: str = ".vol"  # of the file; with volume 0 it is the superblock, or that of the kept table
     readable: bool = False  # what the image holds is whole all the same
     needed: bool = True  # by an image, or nobody knows
 
@@ -36,6 +37,8 @@ class Damage:
     @property
     def file(self) -> str:
         """The file it is in, from the top of the store."""
+        if self.suffix == SAVED_TABLE:
+            return SAVED_TABLE
         return f"{VOLUMES}/{self.volume:08d}{self.suffix}" if self.volume else "imgfs.json"
 
     def __str__(self) -> str:

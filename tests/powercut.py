@@ -230,6 +230,11 @@ class SimulatedDisk(Disk):
             raise WouldBlock
         return bytes(data[offset : offset + size])
 
+    def read_into(self, file: int, offset: int, buffer: memoryview) -> int:
+        data = self.read(file, offset, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def write(self, file: int, offset: int, buffers: Sequence[Buffer]) -> None:
         fault = self._fault("write")
         data = b"".join(buffers)
