@@ -282,8 +282,8 @@ class Recovery:
         if not sound_records(memoryview(records)[: trusted.records * INDEX_RECORD_BYTES], trusted, sequence):
             trusted = empty_state(header.volume_id)
         index = IndexContent(
-            bytearray(records[: trusted.records * INDEX_RECORD_BYTES]),
-            bytearray(names[: trusted.names_bytes] if trusted.records else names_header(header.volume_id)),
+            bytearray(memoryview(records)[: trusted.records * INDEX_RECORD_BYTES]),
+            bytearray(memoryview(names)[: trusted.names_bytes] if trusted.records else names_header(header.volume_id)),
         )
         # What a successor exists for is durable: sealing comes before its first needle.
         survey = Survey(volume, trusted.end, size, all_durable=not last)
@@ -324,7 +324,7 @@ class Recovery:
         # Behind a seal no number is missing, but where a compaction left out the last needles.
         known = sealed and not header.replaces and not self._unreadable()
         self._expected = header.volume_id, survey.next_sequence if known else 0
-        self._loader.add(bytes(index.records[: settled * INDEX_RECORD_BYTES]), entry)
+        self._loader.add(memoryview(index.records)[: settled * INDEX_RECORD_BYTES], entry)
         self.volumes.add(entry, OpenVolume(volume, self._settle_index(index, paths, records, names)))
         if self.kept is not None:
             self.kept.append(bytes(index.records))
