@@ -253,9 +253,10 @@ class Volume:
             if len(window) - at < NEEDLE_HEADER_BYTES_MAX and window_start + len(window) < end:
                 window, window_start, at = self.read(offset, min(_WINDOW_BYTES, end - offset)), offset, 0
             needle = self.unpack(memoryview(window)[at : at + NEEDLE_HEADER_BYTES_MAX], offset)
-            if needle is not None and offset + needle.length <= end:
+            behind = offset + needle.length if needle is not None else end + 1
+            if needle is not None and behind <= end:
                 yield offset, needle
-                offset += needle.length
+                offset = behind
             else:
                 following = self._next_needle(offset + ALIGNMENT, end)
                 yield Gap(offset, following)
