@@ -94,6 +94,11 @@ class Loader:
         # Of these, the ones of inodes that are not there, as `link` found them.
         self.unclaimed: dict[int, tuple[int, int, int]] = {}
 
+    @property
+    def slots(self) -> int:
+        """How many slots anything had so far."""
+        return self._slots
+
     def _records(self, count: int) -> npt.NDArray[np.void]:
         return np.frombuffer(self._memory.map, RECORDS, count, RECORDS_AT)
 
