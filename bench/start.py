@@ -1,16 +1,22 @@
-"""Start: how long it takes to open a store, cleanly, and with nothing but its volumes."""
+"""Start: how long it takes to open a store, cleanly, after a crash, and with nothing but its volumes.
 
+Run as a module by itself it is the process that crashes: `python -m bench.start STORE IMAGES`.
+"""
+
+import os
 import shutil
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.measure import say
 from bench.probe import probe
 from bench.result import Result
-from bench.site import Site, drop_caches
+from bench.site import Site, drop_caches, python
 from bench.stores import large_store
 from imgfs.rebuild import remove_index
+from imgfs.saved_table import saved_paths
 from imgfs.store import ROOT, Store
 from imgfs.volumes import VOLUMES
 
@@ -21,14 +27,15 @@ _DIRECTORIES = 1000
 class _Size:
     images: tuple[int, ...]
     rounds: int
+    crashed: int  # images that were put since the last checkpoint
     rebuilt: int  # tiny images: needles per second
     rebuilt_photos: int  # of 20 KB: bytes per second
 
 
 SIZES = {
-    "tiny": _Size((3_000,), 1, 1_000, 200),
-    "quick": _Size((1_000_000,), 3, 50_000, 5_000),
-    "full": _Size((1_000_000, 10_000_000), 5, 500_000, 50_000),
+    "tiny": _Size((3_000,), 1, 100, 1_000, 200),
+    "quick": _Size((1_000_000,), 3, 20_000, 50_000, 5_000),
+    "full": _Size((1_000_000, 10_000_000), 5, 60_000, 500_000, 50_000),
 }
 _PHOTO_BYTES = 20_000
 
@@ -36,26 +43,66 @@ _PHOTO_BYTES = 20_000
 def run(site: Site, size: str) -> Result:
     """Measure it."""
     chosen = SIZES[size]
-    result = Result("start", "Start", parameters={"rounds": chosen.rounds})
+    result = Result("start", "Start", parameters={"rounds": chosen.rounds, "crashed": chosen.crashed})
     for images in chosen.images:
         with large_store(site, images, _DIRECTORIES) as store:
-            warm = [probe(store)["seconds"] for _ in range(chosen.rounds)]
-            cold = [_cold(store)["seconds"] for _ in range(chosen.rounds)]
-        say(f"{images:,} images: {statistics.median(warm):.2f} s, from the disk {statistics.median(cold):.2f} s")
-        result.add(f"clean start, {images:,} images, index in the page cache", "s", warm)
-        result.add(f"clean start, {images:,} images, everything from the disk", "s", cold)
+            _starts(result, store, images, chosen)
     _rebuild_tiny(site, result, chosen)
     _rebuild_photos(site, result, chosen)
     result.notes.append(
         f"Each start is a process of its own; {_DIRECTORIES:,} directories; the store lies on the file system of the "
-        "scratch directory. `From volumes alone`: every .idx and .names deleted, caches dropped."
+        "scratch directory. `No kept table`: as after a crash that came right behind a checkpoint, or with another "
+        f"release. `After a crash`: {chosen.crashed:,} images were put and not synced, then the process died. `From "
+        "volumes alone`: every .idx and .names deleted, caches dropped."
     )
     return result
+
+
+def _starts(result: Result, store: Path, images: int, chosen: _Size) -> None:
+    rounds = range(chosen.rounds)
+    made = [_without_table(store)["seconds"] for _ in rounds]
+    stops = [probe(store) for _ in rounds]
+    warm = [found["seconds"] for found in stops]
+    cold = [_cold(store)["seconds"] for _ in rounds]
+    crashed = [_crashed(store, chosen.crashed)["seconds"] for _ in rounds]
+    for text, seconds in (
+        ("clean start, {}, index in the page cache", warm),
+        ("clean start, {}, everything from the disk", cold),
+        ("start of {} with no kept table, index in the page cache", made),
+        ("start after a crash, {}, index in the page cache", crashed),
+        ("clean stop, {}", [found["close_seconds"] for found in stops]),
+    ):
+        result.add(text.format(f"{images:,} images"), "s", seconds)
+    medians = ", ".join(f"{statistics.median(each):.2f} s" for each in (warm, cold, made, crashed))
+    say(f"{images:,} images: clean, from the disk, with no kept table, after a crash: {medians}")
 
 
 def _cold(store: Path) -> dict[str, float]:
     drop_caches()
     return probe(store)
+
+
+def _without_table(store: Path) -> dict[str, float]:
+    for path in saved_paths(str(store)):
+        Path(path).unlink(missing_ok=True)
+    return probe(store)
+
+
+def _crashed(store: Path, images: int) -> dict[str, float]:
+    python("bench.start", store, str(images))
+    return probe(store)
+
+
+def _crash(path: str, images: int) -> None:
+    """Put so many images into the store at *path*, and die."""
+    store = Store.open(path)
+    directories = [entry.inode for entry in store.list(ROOT)][:_DIRECTORIES]
+    began = store.last_sequence
+    for number in range(images):
+        name = b"%d-%d.jpg" % (began, number)
+        parent = directories[number % len(directories)]
+        store.put(parent, name, b"tiny", 4, mode=0o644, uid=0, gid=0, mtime_ns=number)
+    os._exit(0)
 
 
 def _rebuild_tiny(site: Site, result: Result, chosen: _Size) -> None:
@@ -81,3 +128,7 @@ def _rebuild_photos(site: Site, result: Result, chosen: _Size) -> None:
     result.add("from volumes alone, images of 20 KB", "MB/s", volume_bytes / 1e6 / found["seconds"])
     result.add("from volumes alone, images of 20 KB", "needles/s", chosen.rebuilt_photos / found["seconds"])
     shutil.rmtree(path)
+
+
+if __name__ == "__main__":
+    _crash(sys.argv[1], int(sys.argv[2]))

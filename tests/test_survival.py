@@ -435,7 +435,8 @@ def test_the_grace_is_an_option(stopped: Mounted) -> None:
     reading = os.open(stopped.point / "image", os.O_RDONLY)
     stopped.terminate()
     with pytest.raises(OSError, match="not connected"):
-        os.close(reading)
+        os.fsync(reading)
+    os.close(reading)
     assert mountpoint.find(str(stopped.point)) is None
 
 
