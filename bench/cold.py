@@ -19,7 +19,7 @@ from bench.needles import DATA_BYTES
 from bench.result import OURS, Result
 from bench.site import Site, XfsDisk
 from bench.stores import large_store_path
-from bench.systems import Imgfs, System
+from bench.systems import Bindfs, Imgfs, Passthrough, System, Xfs
 from bench.throttle import capped, no_cap
 from imgfs.volumes import VOLUMES
 
@@ -44,8 +44,8 @@ class _Size:
 
 SIZES = {
     "tiny": _Size(80, 0, 30, 30, 1, 40, 3_000, 400 << 20),
-    "quick": _Size(4_000, 1_000, 800, 800, 1, 500, 1_000_000, 1 << 30),
-    "full": _Size(200_000, 20_000, 8_000, 4_000, 3, 5_000, 10_000_000, 16 << 30),
+    "quick": _Size(3_000, 300, 500, 1_500, 1, 200, 200_000, 1 << 30),
+    "full": _Size(200_000, 20_000, 8_000, 8_000, 3, 5_000, 10_000_000, 16 << 30),
 }
 
 
@@ -107,12 +107,18 @@ def _measure_capped(result: Result, lineup: Lineup, order: _Order, chosen: _Size
     if missing := no_cap(lineup.disk.device):
         result.note(f"Not with the reads of the disk capped: {missing}.")
         return
+    # Of no use here, and slow.
+    lineup.drop_out(lambda system: system.is_slow)
     with capped(lineup.disk.device, _CAP):
         for readers in _READERS:
             who = f"{_who(readers)}, capped at {_CAP:,} reads/s"
             _measure(result, lineup, order, who, readers, chosen.capped_per_turn, chosen.rounds)
         # What was started under the cap goes with it.
         lineup.each(lambda system: system.unmount())
+    result.note(
+        f"Capped: {chosen.capped_per_turn:,} images each turn. The kernel lets the first {_CAP // 10:,} reads through "
+        "at once, and then so many a second."
+    )
 
 
 def read_cold(disk: XfsDisk, top: Path, names: Sequence[str], readers: int, image_bytes: int) -> tuple[float, int, int]:
@@ -136,7 +142,7 @@ def _note_index(result: Result, lineup: Lineup, images: int) -> None:
 
 def _measure_deep(site: Site, result: Result, chosen: _Size) -> None:
     """Images with many directories above them, hardly two in the same."""
-    with line_up(site, chosen.disk_bytes, result) as lineup:
+    with line_up(site, chosen.disk_bytes, result, (Imgfs, Xfs, Bindfs, Passthrough)) as lineup:
         lineup.fill(chosen.deep, _IMAGE_BYTES, per_directory=_PER_DEEP_DIRECTORY, depth=_DEPTH)
         order = _Order()
 

@@ -84,6 +84,12 @@ class Lineup:
         """Return the paths of the images that *system* was filled with."""
         return self._few if system.is_slow else self.names
 
+    def drop_out(self, unwanted: Callable[[System], bool]) -> None:
+        """Take down those that have no part in what comes."""
+        for system in [system for system in self.systems if unwanted(system)]:
+            system.close()
+            self.systems.remove(system)
+
     def take_turns(
         self, count: int, what: str, measure: Callable[[System, int], dict[str, float]]
     ) -> dict[str, dict[str, list[float]]]:

@@ -107,6 +107,10 @@ class SeaweedFs(Served):
         if self._behind is None:
             self._serve()
         super().mount()
+        # Its first image has volumes made, which takes seconds; that is not what is measured.
+        first = self.directory / "first"
+        first.write_bytes(b"first")
+        first.unlink()
 
     def _serve(self) -> None:
         """Start what is behind the mount; it goes on from one mount to the next."""
@@ -116,6 +120,9 @@ class SeaweedFs(Served):
             "ip": LOOPBACK,
             "ip.bind": LOOPBACK,
             "master.telemetry": "false",
+            # Otherwise it waits for itself to be elected when it comes back.
+            "master.resumeState": "false",
+            "master.electionTimeout": "1s",
             "master.port": master,
             "master.port.grpc": grpc[0],
             # Small volumes, for its default of 30 GB takes more than this disk has.
@@ -157,6 +164,9 @@ class SeaweedFs(Served):
         if behind is not None:
             # In its own time it would take a quarter of a minute; nobody needs what it holds any more.
             behind.stop(gently=False)
+        for port in self._ports:
+            for socket_of in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):
+                socket_of.unlink(missing_ok=True)
 
     def unmount(self) -> None:
         self.server.unmount()

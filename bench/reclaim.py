@@ -56,7 +56,7 @@ class _Size:
 # Two volumes are sealed, and become one; what is left is in the one that is written to.
 SIZES = {
     "tiny": _Size(200, 1_900_000, 1, 0.1, 400 << 20),
-    "quick": _Size(2_000, 19 * MIB, 1, 0.2, 1 << 30),
+    "quick": _Size(1_000, 9 * MIB, 1, 0.2, 1 << 30),
     "full": _Size(60_000, 550 * MIB, 3, 2.0, 8 << 30),
 }
 

@@ -28,7 +28,7 @@ class _Size:
     images: int
 
 
-SIZES = {"tiny": _Size(16), "quick": _Size(100), "full": _Size(500)}
+SIZES = {"tiny": _Size(16), "quick": _Size(50), "full": _Size(500)}
 
 
 # Extended attributes cost requests even where there are none, so everything is counted without and with them.

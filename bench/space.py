@@ -23,7 +23,7 @@ class _Size:
     disk_bytes: int
 
 
-SIZES = {"tiny": _Size(100, 400 << 20), "quick": _Size(500, 1 << 30), "full": _Size(20_000, 4 << 30)}
+SIZES = {"tiny": _Size(100, 400 << 20), "quick": _Size(300, 1 << 30), "full": _Size(20_000, 4 << 30)}
 
 
 def run(site: Site, size: str) -> Result:
