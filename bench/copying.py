@@ -24,13 +24,14 @@ class _Size:
     images: int
     removed: int
     rounds: int
+    remove_rounds: int
     disk_bytes: int
 
 
 SIZES = {
-    "tiny": _Size(40, 60, 1, 400 << 20),
-    "quick": _Size(300, 1_000, 1, 1 << 30),
-    "full": _Size(20_000, 100_000, 3, 10 << 30),
+    "tiny": _Size(40, 60, 1, 1, 400 << 20),
+    "quick": _Size(300, 1_000, 1, 1, 1 << 30),
+    "full": _Size(20_000, 100_000, 3, 2, 16 << 30),
 }
 
 
@@ -88,7 +89,7 @@ def _remove(result: Result, lineup: Lineup, small: Path, chosen: _Size) -> None:
         trees = sorted(system.directory.glob("d*"))
         return {"images/s": chosen.removed / timed(lambda: run_command("rm", "-rf", *trees))}
 
-    samples = lineup.take_turns(chosen.rounds, "`rm -rf`", remove)["images/s"]
+    samples = lineup.take_turns(chosen.remove_rounds, "`rm -rf`", remove)["images/s"]
     slow = result.parameters.pop("removed slowly")
     assert isinstance(slow, dict)
     result.add("`rm -rf`", "images/s", samples | slow)

@@ -19,22 +19,20 @@ _PANEL_INCHES = (3.1, 1.75)
 # Of each plot: panels, as (title, bench, row).
 PLOTS: Mapping[str, tuple[tuple[str, str, str], ...]] = {
     "speed": (
-        ("hot open+read+close per s, 1 client", "hot", "open, read, close, 1 client, 1 worker"),
-        ("the same, 4 clients", "hot", "open, read, close, 4 clients, 2 workers"),
-        ("nginx without open_file_cache, GET per s", "web", "GET, open_file_cache off"),
+        ("hot reads per s, 1 client", "hot", "open, read, close, 1 client, 1 worker"),
+        ("hot reads per s, 4 clients", "hot", "open, read, close, 4 clients, 2 workers"),
+        ("nginx, hot, GET per s", "web", "GET, open_file_cache off"),
         ("cp -r in, images per s", "copying", "`cp -r` in"),
-        ("durable images per s, 4 writers", "ingest", "create, write, fsync, close, 4 writers"),
+        ("durable images per s", "ingest", "create, write, fsync, close, 4 writers"),
         ("rm -rf, images per s", "copying", "`rm -rf`"),
+        ("ls -l, warm, entries per s", "listing", "`ls -l`, warm"),
+        ("find, warm, entries per s", "listing", "`find`, warm"),
+        ("find, cold, entries per s", "listing", "`find`, cold"),
     ),
     "cold": (
         ("disk reads per cold image", "cold", "disk reads per image, 1 reader"),
         ("cold images per s, 4 readers", "cold", "images per second, 4 readers"),
-        ("the same, disk capped at 3,000 reads/s", "cold", "images per second, 4 readers, capped at 3,000 reads/s"),
-    ),
-    "listing": (
-        ("ls -l, warm, entries per s", "listing", "`ls -l`, warm"),
-        ("find, warm, entries per s", "listing", "`find`, warm"),
-        ("find, cold, entries per s", "listing", "`find`, cold"),
+        ("disk of 3,000 reads/s", "cold", "images per second, 4 readers, capped at 3,000 reads/s"),
     ),
 }
 
@@ -79,6 +77,7 @@ def _draw_panel(axes: Any, title: str, medians: Mapping[str, float]) -> None:
     # XFS may be twenty times the rest: a bar that cannot be seen says nothing.
     if max(values) > 8 * min(values) > 0:
         axes.set_xscale("log")
+        title += " (log)"
         axes.set_xlim(min(values) / 3, max(values) * 8)
     else:
         axes.set_xlim(0, max(values) * 1.3)

@@ -66,7 +66,7 @@ class _Size:
 SIZES = {
     "tiny": _Size(30, 1, 1, 400 << 20),
     "quick": _Size(300, 1, 1, 1 << 30),
-    "full": _Size(5_000, 5, 3, 4 << 30),
+    "full": _Size(5_000, 4, 2, 4 << 30),
 }
 
 
