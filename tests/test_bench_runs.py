@@ -200,8 +200,8 @@ def test_interrupted_bench_leaves_nothing(number: signal.Signals, site: Path, tm
     if number == signal.SIGKILL:
         with open_site(str(site)):
             pass
-        wait_until(lambda: not _left_of(site), "the daemons are gone")
-    assert not _left_of(site)
+    # Processes that were killed take a moment to go.
+    wait_until(lambda: not _left_of(site), "nothing is left")
 
 
 @pytest.mark.mount
