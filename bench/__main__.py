@@ -71,6 +71,8 @@ def _run(names: list[str], size: str, directory: str | None, systems: list[str],
             found[name] = run_bench(name, site, size).as_json(describe(site.directory), size)
         path = write_json(results, found[name])
         print(f"{table(found[name])}\n  {path}, after {time.monotonic() - start:.0f} s\n", flush=True)
+    if size != "full":
+        print("These are small numbers; the targets are about those of full size.\n")
     print(summary_table(found))
 
 
