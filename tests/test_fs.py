@@ -133,6 +133,8 @@ async def test_who_was_served_and_comes_back_at_once_shares_the_next_with_those_
 
     async def come_twice() -> None:
         await group.wait()
+        for _ in range(3):
+            await trio.lowlevel.checkpoint()
         await group.wait()
 
     async with trio.open_nursery() as nursery:
