@@ -1,140 +1,180 @@
 """Cold reads: images in random order, none of them in memory, counted at the block device.
 
-imgfs and plain XFS lie on the same XFS and hold the same images; both read the same ones in each round, one after the
-other. imgfs is mounted anew after the caches were dropped: the daemon reads the names in at its start (they are what
-must be resident), and the count begins when they are there.
+All systems lie on the same XFS and hold the same images. Before each turn a system is taken down, the caches are
+dropped, and it is mounted anew: imgfs reads the names in at its start (they are what must be resident), and the count
+begins when they are there. Then the same with the reads of the disk capped, with directories far down, and for imgfs
+with as many images as it is made for.
 """
 
 import functools
-import mmap
-import os
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.measure import per_system, read_files, rounds, say, together
-from bench.result import Result
-from bench.site import Failed, Site, XfsDisk, drop_caches, imgfs
-from bench.trees import make_tree
+from bench.commands import Failed
+from bench.lineup import Lineup, line_up
+from bench.measure import read_files, say, together
+from bench.needles import DATA_BYTES
+from bench.result import OURS, Result
+from bench.site import Site, XfsDisk
+from bench.stores import large_store_path
+from bench.systems import Bindfs, Imgfs, Passthrough, System, Xfs
+from bench.throttle import capped, no_cap
 from imgfs.volumes import VOLUMES
 
 _IMAGE_BYTES = 20_000
 _READERS = (1, 4)
-_DEADLINE_S = 60.0
+_CAP = 3_000
+_DEPTH, _PER_DEEP_DIRECTORY = 16, 20
+_MANY_DIRECTORIES = 1_000
 
 
 @dataclass(frozen=True)
 class _Size:
     images: int
+    few: int  # for systems that are slow to fill
     per_turn: int  # images that one system reads in one turn
+    capped_per_turn: int
     rounds: int
+    deep: int
+    many: int
     disk_bytes: int
 
 
 SIZES = {
-    "tiny": _Size(200, 40, 1, 400 << 20),
-    "quick": _Size(5_000, 1_250, 2, 1 << 30),
-    "full": _Size(200_000, 40_000, 3, 14 << 30),
+    "tiny": _Size(80, 0, 30, 30, 1, 40, 3_000, 400 << 20),
+    "quick": _Size(3_000, 300, 500, 1_500, 1, 200, 200_000, 1 << 30),
+    "full": _Size(200_000, 20_000, 5_000, 6_000, 3, 5_000, 10_000_000, 16 << 30),
 }
 
 
 def run(site: Site, size: str) -> Result:
     """Measure it."""
     chosen = SIZES[size]
-    parameters = {"images": chosen.images, "image_bytes": _IMAGE_BYTES, "per_turn": chosen.per_turn}
-    result = Result("cold", "Cold reads", parameters=dict(parameters))
-    with site.disk(chosen.disk_bytes) as disk:
-        say(f"{chosen.images:,} images of {_IMAGE_BYTES:,} bytes, as files and in a store")
-        names = make_tree(disk.path / "plain", chosen.images, _IMAGE_BYTES)
-        store = site.make_store(disk.path / "store")
-        imgfs("import", "--quiet", disk.path / "plain", store)
-        bench = _Bench(site, disk, store, names, chosen)
+    parameters: dict[str, object] = {"images": chosen.images, "per_turn": chosen.per_turn, "many": chosen.many}
+    result = Result("cold", "Cold reads", parameters=parameters)
+    with line_up(site, chosen.disk_bytes, result) as lineup:
+        lineup.fill(chosen.images, _IMAGE_BYTES, few=chosen.few)
+        order = _Order()
         for readers in _READERS:
-            bench.measure(result, readers)
-        sizes = {kind: sum(file.stat().st_size for file in (store / VOLUMES).glob(f"*.{kind}")) for kind in _KINDS}
-    per_image = ", ".join(f"{_KINDS[kind]} {total / chosen.images:,.1f}" for kind, total in sizes.items())
+            _measure(result, lineup, order, _who(readers), readers, chosen.per_turn, chosen.rounds)
+        _measure_capped(result, lineup, order, chosen)
+        _note_index(result, lineup, chosen.images)
     result.notes.append(
         f"{chosen.images:,} images of {_IMAGE_BYTES:,} bytes in {-(-chosen.images // 1000)} directories, each turn "
         f"{chosen.per_turn:,} others in random order; XFS on a loop device with direct I/O."
     )
-    result.notes.append(f"Bytes per image on the disk: {per_image}. Of these only the names have to be resident.")
+    _measure_deep(site, result, chosen)
+    _measure_many(site, result, chosen)
     return result
 
 
-_KINDS = {"vol": "volumes", "idx": "index", "names": "names"}
+class _Order:
+    """Deals out what is read: other images in each round, the same ones to all that have as many."""
+
+    def __init__(self) -> None:
+        self._dealt: dict[int, list[str]] = {}
+
+    def deal(self, names: Sequence[str], turn: int, count: int) -> list[str]:
+        """Return the images of a turn, from the start again after the last."""
+        order = self._dealt.setdefault(len(names), random.Random(3).sample(names, len(names)))
+        return [order[number % len(order)] for number in range(turn * count, (turn + 1) * count)]
 
 
-class _Bench:
-    """One disk with both systems on it."""
-
-    def __init__(self, site: Site, disk: XfsDisk, store: Path, names: Sequence[str], chosen: _Size) -> None:
-        self._site = site
-        self._disk = disk
-        self._store = store
-        self._chosen = chosen
-        self._order = random.Random(3).sample(names, len(names))
-        self._next = 0
-
-    def _slice(self) -> list[str]:
-        """Return the next images in the random order, from the start again after the last."""
-        start, self._next = self._next, self._next + self._chosen.per_turn
-        return [self._order[number % len(self._order)] for number in range(start, self._next)]
-
-    def measure(self, result: Result, readers: int) -> None:
-        """Let both systems read, in turns."""
-        speeds: dict[str, list[float]] = {"imgfs": [], "xfs": []}
-        reads: dict[str, list[float]] = {"imgfs": [], "xfs": []}
-        kilobytes: dict[str, list[float]] = {"imgfs": [], "xfs": []}
-        for number, order in rounds(self._chosen.rounds, ("imgfs", "xfs")):
-            names = self._slice()
-            for system in order:
-                seconds, done, read_bytes = self._turn(system, names, readers)
-                speeds[system].append(len(names) / seconds)
-                reads[system].append(done / len(names))
-                kilobytes[system].append(read_bytes / len(names) / 1000)
-                say(
-                    f"round {number + 1}, {readers} readers, {system}: "
-                    f"{done / len(names):.3f} reads per image, {len(names) / seconds:,.0f} images/s"
-                )
-        who = f"{readers} reader" + ("s" if readers > 1 else "")
-        result.add(f"images per second, {who}", "/s", *per_system(speeds))
-        result.add(f"disk reads per image, {who}", "", *per_system(reads))
-        result.add(f"read from the disk per image, {who}", "kB", *per_system(kilobytes))
-
-    def _turn(self, system: str, names: list[str], readers: int) -> tuple[float, int, int]:
-        """Return (seconds, disk reads, bytes they read)."""
-        drop_caches()
-        if system == "xfs":
-            return self._read(self._disk.path / "plain", names, readers)
-        with self._site.mounted(self._store) as mounted:
-            for path in (self._store / VOLUMES).glob("*.names"):
-                _wait_until_resident(path)
-            return self._read(mounted.point, names, readers)
-
-    def _read(self, top: Path, names: list[str], readers: int) -> tuple[float, int, int]:
-        jobs = [functools.partial(read_files, top, names[number::readers]) for number in range(readers)]
-        before = self._disk.reads()
-        seconds, sizes = together(jobs)
-        after = self._disk.reads()
-        if sum(sizes) != len(names) * _IMAGE_BYTES:
-            raise Failed(f"{sum(sizes)} bytes were read, not {len(names)} x {_IMAGE_BYTES}")
-        return seconds, after[0] - before[0], after[1] - before[1]
+def _who(readers: int) -> str:
+    return f"{readers} reader" + ("s" if readers > 1 else "")
 
 
-def _wait_until_resident(path: Path) -> None:
-    """Wait until the daemon's prefetch has brought the whole file at *path* into the page cache."""
-    deadline = time.monotonic() + _DEADLINE_S
-    page = bytearray(1)
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        at = 0
-        while at < size:
-            try:
-                os.preadv(file.fileno(), [page], at, os.RWF_NOWAIT)
-                at += mmap.PAGESIZE
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Failed(f"{path.name} is not in the page cache: the daemon did not prefetch it") from None
-                time.sleep(0.005)
+def _measure(result: Result, lineup: Lineup, order: _Order, who: str, readers: int, per_turn: int, rounds: int) -> None:
+    """Let all systems read, in turns."""
+
+    def read(system: System, number: int) -> dict[str, float]:
+        names = order.deal(lineup.names_in(system), number + readers * rounds, per_turn)
+        system.drop_caches()
+        seconds, reads, read_bytes = read_cold(lineup.disk, system.directory, names, readers, _IMAGE_BYTES)
+        per_image = {"reads": reads / len(names), "kB": read_bytes / len(names) / 1000}
+        return {"images/s": len(names) / seconds, **per_image}
+
+    found = lineup.take_turns(rounds, who, read)
+    result.add(f"images per second, {who}", "/s", found["images/s"])
+    result.add(f"disk reads per image, {who}", "", found["reads"])
+    result.add(f"read from the disk per image, {who}", "kB", found["kB"])
+
+
+def _measure_capped(result: Result, lineup: Lineup, order: _Order, chosen: _Size) -> None:
+    """The same, from a disk that does no more than so many reads a second."""
+    if missing := no_cap(lineup.disk.device):
+        result.note(f"Not with the reads of the disk capped: {missing}.")
+        return
+    # Of no use here, and slow.
+    lineup.drop_out(lambda system: system.is_slow)
+    with capped(lineup.disk.device, _CAP):
+        for readers in _READERS:
+            who = f"{_who(readers)}, capped at {_CAP:,} reads/s"
+            _measure(result, lineup, order, who, readers, chosen.capped_per_turn, chosen.rounds)
+        # What was started under the cap goes with it.
+        lineup.each(lambda system: system.unmount())
+    result.note(
+        f"Capped: {chosen.capped_per_turn:,} images each turn. The kernel lets the first {_CAP // 10:,} reads through "
+        "at once, and then so many a second."
+    )
+
+
+def read_cold(disk: XfsDisk, top: Path, names: Sequence[str], readers: int, image_bytes: int) -> tuple[float, int, int]:
+    """Read *names* by so many readers; return (seconds, disk reads, bytes they read)."""
+    jobs = [functools.partial(read_files, top, names[number::readers]) for number in range(readers)]
+    before = disk.reads()
+    seconds, sizes = together(jobs)
+    after = disk.reads()
+    if sum(sizes) != len(names) * image_bytes:
+        raise Failed(f"{sum(sizes)} bytes were read, not {len(names)} x {image_bytes}")
+    return seconds, after[0] - before[0], after[1] - before[1]
+
+
+def _note_index(result: Result, lineup: Lineup, images: int) -> None:
+    store = next(system for system in lineup.systems if isinstance(system, Imgfs)).store
+    kinds = {"vol": "volumes", "idx": "index", "names": "names"}
+    sizes = {kind: sum(file.stat().st_size for file in (store / VOLUMES).glob(f"*.{kind}")) for kind in kinds}
+    per_image = ", ".join(f"{kinds[kind]} {total / images:,.1f}" for kind, total in sizes.items())
+    result.notes.append(f"Bytes per image on the disk: {per_image}. Of these only the names have to be resident.")
+
+
+def _measure_deep(site: Site, result: Result, chosen: _Size) -> None:
+    """Images with many directories above them, hardly two in the same."""
+    with line_up(site, chosen.disk_bytes, result, (Imgfs, Xfs, Bindfs, Passthrough)) as lineup:
+        lineup.fill(chosen.deep, _IMAGE_BYTES, per_directory=_PER_DEEP_DIRECTORY, depth=_DEPTH)
+        order = _Order()
+
+        def read(system: System, number: int) -> dict[str, float]:
+            # One of each directory: nothing above it was met before.
+            names = order.deal(lineup.names_in(system)[number::_PER_DEEP_DIRECTORY], 0, chosen.deep // 20)
+            system.drop_caches()
+            _, reads, _ = read_cold(lineup.disk, system.directory, names, 1, _IMAGE_BYTES)
+            return {"reads": reads / len(names)}
+
+        samples = lineup.take_turns(chosen.rounds, f"{_DEPTH} directories down", read)["reads"]
+    result.add(f"disk reads per image, {_DEPTH} directories down", "", samples)
+
+
+def _measure_many(site: Site, result: Result, chosen: _Size) -> None:
+    """As many images as a store is made for, so small that they can be made here."""
+    samples = []
+    count = chosen.per_turn // 2
+    with line_up(site, chosen.disk_bytes, result, (Imgfs,)) as lineup:
+        (system,) = lineup.systems
+        assert isinstance(system, Imgfs)
+        system.load_names(chosen.many, _MANY_DIRECTORIES)
+        names_bytes = sum(file.stat().st_size for file in (system.store / VOLUMES).glob("*.names"))
+        for number in range(chosen.rounds):
+            chosen_images = random.Random(number).sample(range(chosen.many), count)
+            names = [large_store_path(image, _MANY_DIRECTORIES) for image in chosen_images]
+            system.drop_caches()
+            _, reads, _ = read_cold(lineup.disk, system.directory, names, 1, DATA_BYTES)
+            samples.append(reads / count)
+            say(f"round {number + 1}, {chosen.many:,} images: {samples[-1]:.3f} reads per image")
+    result.add(f"disk reads per image of {chosen.many:,}", "", {OURS: samples})
+    result.notes.append(
+        f"{chosen.many:,} images: of {DATA_BYTES} bytes, in {_MANY_DIRECTORIES:,} directories, their names resident: "
+        f"{names_bytes / chosen.many:.1f} bytes each, {names_bytes / (1 << 20):,.0f} MiB."
+    )

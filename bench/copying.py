@@ -1,121 +1,120 @@
-"""Copying in, listing and removing whole trees: cp, ls and rm through the mount and on plain XFS, and `imgfs import`.
-
-All of a round happens on one XFS: each step is done by one system, then by the other.
-"""
+"""Copying in and removing whole trees: `cp -r` and `rm -rf` through each system, and `imgfs import` past the mount."""
 
 import functools
-import os
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.measure import per_system, rounds, say, timed
-from bench.result import Result
-from bench.site import Site, XfsDisk, drop_caches
-from bench.site import run as run_command
+from bench.commands import run as run_command
+from bench.lineup import Lineup, line_up
+from bench.measure import rounds, say, timed
+from bench.result import OURS, Result
+from bench.site import Site
+from bench.systems import System, Xfs
 from bench.trees import make_tree
 
 _IMAGE_BYTES = 20_000
-
-_IMPORT = "`imgfs import` / XFS: `cp -r`"
-_IMPORT_DURABLE = "`imgfs import` / XFS: `cp -r; sync -f`"
+_REMOVED_BYTES = 1_000
+_IMPORTED, _COPIED, _SYNCED = "`imgfs import`", "XFS: `cp -r`", "XFS: `cp -r; sync -f`"
 
 
 @dataclass(frozen=True)
 class _Size:
     images: int
+    removed: int
     rounds: int
+    remove_rounds: int
     disk_bytes: int
 
 
 SIZES = {
-    "tiny": _Size(40, 1, 400 << 20),
-    "quick": _Size(2_000, 3, 1 << 30),
-    "full": _Size(20_000, 5, 8 << 30),
+    "tiny": _Size(40, 60, 1, 1, 400 << 20),
+    "quick": _Size(300, 1_000, 1, 1, 1 << 30),
+    "full": _Size(20_000, 100_000, 3, 2, 16 << 30),
 }
 
 
 def run(site: Site, size: str) -> Result:
     """Measure it."""
     chosen = SIZES[size]
-    result = Result("copying", "Copying, listing, removing", parameters={"images": chosen.images})
-    found: dict[str, dict[str, list[float]]] = {}
-    source = site.fresh("source")
+    result = Result("copying", "Copying in, removing", parameters={"images": chosen.images, "removed": chosen.removed})
+    source, small = site.fresh("source"), site.fresh("small")
     make_tree(source, chosen.images, _IMAGE_BYTES)
-    with site.disk(chosen.disk_bytes) as disk:
-        for number, order in rounds(chosen.rounds, ("imgfs", "xfs")):
-            one = _Round(site, disk, source, chosen.images, found)
-            one.copy_list_remove(order)
-            one.bring_in(order)
-            say(f"round {number + 1}: " + ", ".join(f"{what} {_last(rates)}" for what, rates in found.items()))
-    for what, rates in found.items():
-        result.add(what, "images/s", *per_system(rates))
+    make_tree(small, chosen.removed, _REMOVED_BYTES)
+    with line_up(site, chosen.disk_bytes, result) as lineup:
+        _copy(result, lineup, source, chosen)
+        _remove(result, lineup, small, chosen)
+        _bring_in(site, result, lineup, source, chosen)
+    slow = ", ".join(system.name for system in lineup.systems if system.is_slow)
     result.notes.append(
-        f"{chosen.images:,} images of {_IMAGE_BYTES:,} bytes, the source in the page cache, {chosen.rounds} rounds. "
-        "`cp` leaves its data in the page cache on both; import ends with all of it durable, and is held against "
+        f"`cp -r`: {chosen.images:,} images of {_IMAGE_BYTES:,} bytes, the source in the page cache, {chosen.rounds} "
+        "rounds; the data is left in the page cache by all. Import ends with all of it durable, and is held against "
         "`cp -r` to XFS without and with `sync -f` behind it."
     )
+    result.notes.append(
+        f"`rm -rf`: {chosen.removed:,} images of {_REMOVED_BYTES:,} bytes"
+        + (f"; {slow}: {chosen.images:,} of {_IMAGE_BYTES:,} bytes, for they take long to fill." if slow else ".")
+    )
+    shutil.rmtree(source)
+    shutil.rmtree(small)
     return result
 
 
-class _Round:
-    """One round on one disk: every step by each system in turn."""
+def _copy(result: Result, lineup: Lineup, source: Path, chosen: _Size) -> None:
+    """Copy the tree in; what is slow to fill keeps it, to be removed, in its last round."""
 
-    def __init__(
-        self, site: Site, disk: XfsDisk, source: Path, images: int, found: dict[str, dict[str, list[float]]]
-    ) -> None:
-        self._site = site
-        self._disk = disk
-        self._source = source
-        self._images = images
-        self._found = found
+    def copy(system: System, number: int) -> dict[str, float]:
+        tree = system.directory / f"tree{number}"
+        system.settle()
+        figures = {"`cp -r` in": chosen.images / timed(lambda: run_command("cp", "-r", source, tree))}
+        if system.is_slow:
+            system.settle()
+            figures["`rm -rf`"] = chosen.images / timed(lambda: run_command("rm", "-rf", tree))
+        return figures
 
-    def _time(self, what: str, system: str, *command: str | Path) -> float:
-        """Run *command*, with nothing left to write from before; note how many images it did per second."""
-        os.sync()
-        seconds = timed(functools.partial(run_command, *command))
-        self._note(what, system, seconds)
-        return seconds
+    found = lineup.take_turns(chosen.rounds, "in and out", copy)
+    result.add("`cp -r` in", "images/s", found["`cp -r` in"])
+    result.parameters["removed slowly"] = found.get("`rm -rf`", {})
 
-    def _note(self, what: str, system: str, seconds: float) -> None:
-        self._found.setdefault(what, {"imgfs": [], "xfs": []})[system].append(self._images / seconds)
 
-    def copy_list_remove(self, order: Sequence[str]) -> None:
-        """Copy a tree into a mounted store and into a directory, list both, remove both."""
-        store = self._site.make_store(self._disk.path / "mounted")
-        plain = self._disk.path / "plain"
-        plain.mkdir()
-        with self._site.mounted(store) as mounted:
-            tops = {"imgfs": mounted.point, "xfs": plain}
-            for system in order:
-                self._time("`cp -r` in", system, "cp", "-r", self._source, tops[system] / "tree")
-            for system in order:
-                self._time("`ls -lR` just after", system, "ls", "-lR", tops[system])
-            for system in order:
-                drop_caches()
-                self._time("`ls -lR`, caches dropped", system, "ls", "-lR", tops[system])
-            for system in order:
-                self._time("`rm -rf`", system, "rm", "-rf", tops[system] / "tree")
-        shutil.rmtree(store)
-        shutil.rmtree(plain)
+def _remove(result: Result, lineup: Lineup, small: Path, chosen: _Size) -> None:
+    """Remove a larger tree, from those that are filled quickly."""
 
-    def bring_in(self, order: Sequence[str]) -> None:
-        """Bring the tree in past the mount, against what a file system needs for the same."""
-        store, plain = self._site.make_store(self._disk.path / "imported"), self._disk.path / "plain"
-        command = (sys.executable, "-m", "imgfs", "import", "--quiet", self._source, store)
-        for system in order:
-            if system == "imgfs":
-                seconds = self._time(_IMPORT, system, *command)
-                self._note(_IMPORT_DURABLE, system, seconds)
+    def remove(system: System, number: int) -> dict[str, float]:
+        if system.is_slow:
+            return {}
+        system.load(small)
+        system.settle()
+        trees = sorted(system.directory.glob("d*"))
+        return {"images/s": chosen.removed / timed(lambda: run_command("rm", "-rf", *trees))}
+
+    samples = lineup.take_turns(chosen.remove_rounds, "`rm -rf`", remove)["images/s"]
+    slow = result.parameters.pop("removed slowly")
+    assert isinstance(slow, dict)
+    result.add("`rm -rf`", "images/s", samples | slow)
+
+
+def _bring_in(site: Site, result: Result, lineup: Lineup, source: Path, chosen: _Size) -> None:
+    """Bring the tree in past the mount, against what a file system needs for the same."""
+    xfs = next(system for system in lineup.systems if isinstance(system, Xfs))
+    store, plain = lineup.disk.path / "imported", xfs.directory / "copied"
+    found: dict[str, list[float]] = {name: [] for name in (_IMPORTED, _COPIED, _SYNCED)}
+    for number, order in rounds(chosen.rounds, (_IMPORTED, _COPIED)):
+        for what in order:
+            if what == _IMPORTED:
+                site.make_store(store)
+                command = (sys.executable, "-m", "imgfs", "import", "--quiet", source, store)
+                xfs.settle()
+                found[_IMPORTED].append(chosen.images / timed(functools.partial(run_command, *command)))
+                shutil.rmtree(store)
             else:
-                seconds = self._time(_IMPORT, system, "cp", "-r", self._source, plain)
-                seconds += timed(functools.partial(run_command, "sync", "-f", plain))
-                self._note(_IMPORT_DURABLE, system, seconds)
-        shutil.rmtree(store)
-        shutil.rmtree(plain)
-
-
-def _last(rates: dict[str, list[float]]) -> str:
-    return f"{rates['imgfs'][-1]:,.0f} ({rates['imgfs'][-1] / rates['xfs'][-1]:.2f} x XFS)"
+                xfs.settle()
+                seconds = timed(lambda: run_command("cp", "-r", source, plain))
+                found[_COPIED].append(chosen.images / seconds)
+                seconds += timed(lambda: run_command("sync", "-f", plain))
+                found[_SYNCED].append(chosen.images / seconds)
+                shutil.rmtree(plain)
+        say(f"round {number + 1}: " + ", ".join(f"{what} {rates[-1]:,.0f} images/s" for what, rates in found.items()))
+    for copied in (_COPIED, _SYNCED):
+        result.add(f"{_IMPORTED} / {copied}", "images/s", {OURS: found[_IMPORTED], Xfs.name: found[copied]})

@@ -1,16 +1,17 @@
-"""Hot reads: open, read and close of images that are in memory, through the mount and from plain XFS."""
+"""Hot reads: open, read and close of images that are in memory, by one client and by four."""
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
-from bench.measure import per_system, read_files, read_for, rounds, say, together
-from bench.result import Result
-from bench.site import Site, imgfs
-from bench.trees import make_tree
+from bench.lineup import ALL, Lineup, line_up
+from bench.measure import read_for, together, warm_up
+from bench.result import OURS, Result
+from bench.site import Site
+from bench.systems import Imgfs, ImgfsOneWorker, ImgfsTwoWorkers, System
 
 _IMAGE_BYTES = 20_000
 _CLIENTS = (1, 4)
+_WORKERS = (ImgfsOneWorker, ImgfsTwoWorkers)
 
 
 @dataclass(frozen=True)
@@ -23,43 +24,40 @@ class _Size:
 
 SIZES = {
     "tiny": _Size(50, 1, 0.1, 400 << 20),
-    "quick": _Size(2_000, 5, 1.0, 512 << 20),
-    "full": _Size(20_000, 9, 3.0, 2 << 30),
+    "quick": _Size(300, 2, 0.3, 1 << 30),
+    "full": _Size(5_000, 5, 1.5, 4 << 30),
 }
 
 
 def run(site: Site, size: str) -> Result:
     """Measure it."""
     chosen = SIZES[size]
-    result = Result("hot", "Hot reads", parameters={"images": chosen.images, "window_s": chosen.window_s})
-    with site.disk(chosen.disk_bytes) as disk:
-        plain = disk.path / "plain"
-        names = make_tree(plain, chosen.images, _IMAGE_BYTES)
-        store = site.make_store(disk.path / "store")
-        imgfs("import", "--quiet", plain, store)
-        with site.mounted(store) as mounted:
-            tops = {"imgfs": mounted.point, "xfs": plain}
-            for top in tops.values():
-                read_files(top, names)
-            for clients in _CLIENTS:
-                _measure(result, tops, names, clients, chosen)
+    parameters: dict[str, object] = {"images": chosen.images, "window_s": chosen.window_s}
+    result = Result("hot", "Hot reads", parameters=parameters)
+    others = tuple(kind for kind in ALL if kind is not Imgfs)
+    with line_up(site, chosen.disk_bytes, result, (*_WORKERS, *others)) as lineup:
+        lineup.fill(chosen.images, _IMAGE_BYTES)
+        for clients in _CLIENTS:
+            _measure(result, lineup, clients, chosen)
     result.notes.append(
         f"{chosen.images:,} images of {_IMAGE_BYTES:,} bytes, in random order; windows of {chosen.window_s:g} s, "
-        f"{chosen.rounds} for each system, in turns. Clients are Python processes on the same cores as the daemon."
+        f"{chosen.rounds} for each system, in turns. Clients are Python processes on the same cores as what serves."
     )
     return result
 
 
-def _measure(result: Result, tops: dict[str, Path], names: list[str], clients: int, chosen: _Size) -> None:
-    samples: dict[str, list[float]] = {"imgfs": [], "xfs": []}
-    for number, order in rounds(chosen.rounds, ("imgfs", "xfs")):
-        for system in order:
-            jobs = [
-                functools.partial(read_for, tops[system], names, chosen.window_s, number * clients + client)
-                for client in range(clients)
-            ]
-            seconds, counts = together(jobs)
-            samples[system].append(sum(counts) / seconds)
-            say(f"round {number + 1}, {clients} clients, {system}: {sum(counts) / seconds:,.0f} /s")
-    who = f"{clients} client" + ("s" if clients > 1 else "")
-    result.add(f"open, read, close, {who}", "/s", *per_system(samples))
+def _measure(result: Result, lineup: Lineup, clients: int, chosen: _Size) -> None:
+    def read(system: System, number: int) -> dict[str, float]:
+        warm_up(system.directory, lineup.names)
+        jobs = [
+            functools.partial(read_for, system.directory, lineup.names, chosen.window_s, number * clients + client)
+            for client in range(clients)
+        ]
+        seconds, counts = together(jobs)
+        return {"/s": sum(counts) / seconds}
+
+    samples = lineup.take_turns(chosen.rounds, f"{clients} clients", read)["/s"]
+    ours = {kind: samples.pop(kind.name) for kind in _WORKERS}
+    for kind, found in ours.items():
+        who = f"{clients} client{'s' * (clients > 1)}, {kind.workers} worker{'s' * (kind.workers != 1)}"
+        result.add(f"open, read, close, {who}", "/s", {OURS: found, **samples})

@@ -3,20 +3,24 @@
 *Concurrency:* clients are forked processes; each runs one job and sends back what it returns.
 """
 
+import ctypes
+import functools
 import multiprocessing
 import os
 import random
+import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from bench.site import Failed
+from bench.commands import Failed
 
 T = TypeVar("T")
 
 # More than any image of a bench has; below what malloc would map anew for each read.
 _BUFFER_BYTES = 64 << 10
+_PR_SET_PDEATHSIG = 1
 # Between two looks at the clock.
 _BURST = 50
 
@@ -45,6 +49,8 @@ def together(jobs: Sequence[Callable[[], T]]) -> tuple[float, list[T]]:
     queue = context.SimpleQueue()
 
     def client(job: Callable[[], T]) -> None:
+        # Whoever kills the bench does not want its clients to wait for it for ever.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         barrier.wait()
         try:
             queue.put(job())
@@ -81,6 +87,11 @@ def read_files(top: Path, names: Sequence[str]) -> int:
     return total
 
 
+def warm_up(top: Path, names: Sequence[str]) -> None:
+    """Read all of them once, by a process of its own: nothing may stay open here if it is interrupted."""
+    together([functools.partial(read_files, top, names)])
+
+
 def read_for(top: Path, names: Sequence[str], seconds: float, seed: int) -> int:
     """As `read_files`, in random order, for so many *seconds*; return how many files were read."""
     order = random.Random(seed).sample(names, len(names))
@@ -100,11 +111,6 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def per_system(samples: Mapping[str, list[float]]) -> tuple[list[float], list[float]]:
-    """Return the samples of imgfs and of XFS."""
-    return samples["imgfs"], samples["xfs"]
-
-
 def process_memory(pid: int | str = "self") -> dict[str, int]:
     """Return the resident memory of a process, by what it is, in bytes; `VmHWM` is the most it ever had."""
     found = {}
@@ -117,10 +123,19 @@ def process_memory(pid: int | str = "self") -> dict[str, int]:
 
 def private_memory(pid: int) -> int:
     """Return the bytes that the process *pid* and its children have for themselves; what they share counts once."""
+    return _proportional(pid, "Pss_Anon:")
+
+
+def all_memory(pid: int) -> int:
+    """Return all bytes that are resident in the process *pid* and its children; what they share counts once."""
+    return _proportional(pid, "Pss:")
+
+
+def _proportional(pid: int, kind: str) -> int:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     total = 0
     for process in (pid, *children):
         for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss_Anon:"):
+            if line.startswith(kind):
                 total += int(line.split()[1]) << 10
     return total

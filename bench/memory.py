@@ -5,34 +5,37 @@ one image at a time is measured too, on a smaller store, through `Store.put`.
 """
 
 import functools
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.measure import private_memory, say
+from bench.commands import run as run_command
+from bench.measure import all_memory, private_memory, read_files, say, together
 from bench.needles import image_name
 from bench.probe import probe
 from bench.result import Result
-from bench.site import Mounted, Site
-from bench.stores import large_store
+from bench.site import Site
+from bench.stores import large_store, large_store_path
 from imgfs.store import ROOT, Store
 
 _MANY = 1000
+_CLIENTS = 4
 
 
 @dataclass(frozen=True)
 class _Size:
     images: tuple[int, ...]  # the first and the last give the slope
     grown: int
-    walked: int  # entries of the mount that are listed
+    probed: int  # images read in a process that opened the store by itself
+    served: int  # images of the store that is used through a mount: `find` lists all of them
+    walked: int  # `ls -lR`
     read: int
 
 
 SIZES = {
-    "tiny": _Size((2_000, 8_000), 2_000, 2_000, 200),
-    "quick": _Size((200_000, 1_000_000), 20_000, 20_000, 5_000),
-    "full": _Size((1_000_000, 5_000_000, 10_000_000), 200_000, 1_000_000, 100_000),
+    "tiny": _Size((2_000, 8_000), 2_000, 200, 4_000, 2_000, 200),
+    "quick": _Size((50_000, 200_000), 5_000, 2_000, 100_000, 20_000, 2_000),
+    "full": _Size((1_000_000, 5_000_000), 100_000, 100_000, 10_000_000, 1_000_000, 1_000_000),
 }
 
 
@@ -53,6 +56,8 @@ def run(site: Site, size: str) -> Result:
         f"{_counts(chosen.images)} images; all else is of the largest."
     )
     result.notes.append(
+        "All of the daemon: what its processes have resident, code and libraries too, shared memory once; not the page "
+        "cache, which has the names, nor what the kernel keeps about files it was asked for. "
         "The table is shared memory: it is there once, however many processes serve. The stores were loaded from their "
         "index files; their volumes and indexes were written past the log, byte for byte in its format, with 55,000 "
         "needles to a volume, as many as there are of images of 20 KB in 1 GiB."
@@ -65,7 +70,7 @@ def _load(site: Site, result: Result, chosen: _Size, directories: int, empty: di
     tables, found = [], empty
     for images in chosen.images:
         # Listing ten million entries takes minutes: once is enough.
-        use = chosen.read if directories > 1 and images == chosen.images[-1] else 0
+        use = chosen.probed if directories > 1 and images == chosen.images[-1] else 0
         with large_store(site, images, directories) as store:
             found = probe(store, use=use)
         tables.append(found["table"])
@@ -75,7 +80,7 @@ def _load(site: Site, result: Result, chosen: _Size, directories: int, empty: di
     result.add(f"private memory more than without images, {kind}", "MiB", _mib(found["RssAnon"] - empty["RssAnon"]))
     if "anon_used" in found:
         more = _mib(found["anon_used"] - found["RssAnon"])
-        result.add(f"private memory more, once all was listed and {chosen.read:,} read, {kind}", "MiB", more)
+        result.add(f"private memory more, once all was listed and {chosen.probed:,} read, {kind}", "MiB", more)
     peak = (found["anon_peak"] - empty["RssAnon"]) / images
     result.add(f"private memory at its peak while opening, {kind}", "bytes per image", peak)
     result.add(f"all memory of the process at its peak, {kind}", "MiB", _mib(found["VmHWM"]))
@@ -96,35 +101,30 @@ def _grow(site: Site, result: Result, images: int) -> None:
 
 
 def _serve(site: Site, result: Result, chosen: _Size) -> None:
-    """List and read through a mount, and see what the daemon takes more afterwards."""
-    images = chosen.walked
+    """List and read through a mount, and see what the daemon has then."""
+    images = chosen.served
     with large_store(site, images, _MANY) as store, site.mounted(store) as mounted:
         before = private_memory(mounted.pid)
-        _walk(mounted.point)
-        _read_some(mounted, images, chosen.read)
-        after = private_memory(mounted.pid)
-    more = after - before
-    say(f"all of the daemon has {more >> 10} KiB more after {images:,} entries listed, {chosen.read:,} images read")
-    what = f"daemon: private memory more after `find` over {images:,} images and {chosen.read:,} reads"
-    result.add(what, "MiB", _mib(more))
+        run_command("find", mounted.point, quietly=True)
+        say(f"`find` over {images:,} images is done")
+        part = sorted(mounted.point.iterdir())[: -(-chosen.walked * _MANY // images)]
+        run_command("ls", "-lR", *part, quietly=True)
+        say(f"`ls -lR` over {chosen.walked:,} of them is done")
+        jobs = [
+            functools.partial(_read_some, mounted.point, images, chosen.read // _CLIENTS, n) for n in range(_CLIENTS)
+        ]
+        together(jobs)
+        more = private_memory(mounted.pid) - before
+        whole = all_memory(mounted.pid)
+    done = f"after `find` over {images:,} images, `ls -lR` over {chosen.walked:,} and {chosen.read:,} reads"
+    say(f"all of the daemon has {more >> 10} KiB more, {whole / images:.1f} bytes per image in all, {done}")
+    result.add(f"daemon: private memory more {done}", "MiB", _mib(more))
+    result.add(f"all of the daemon, {done}", "bytes per image", whole / images)
 
 
-def _walk(top: Path) -> None:
-    with os.scandir(top) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                _walk(Path(entry.path))
-            else:
-                entry.stat()
-
-
-def _read_some(mounted: Mounted, images: int, count: int) -> None:
-    chance = random.Random(2)
-    directory = functools.partial("d{:06}".format)
-    for _ in range(count):
-        number = chance.randrange(images)
-        name = os.fsdecode(image_name(number))
-        (mounted.point / directory(number % _MANY + ROOT + 1) / name).read_bytes()
+def _read_some(top: Path, images: int, count: int, seed: int) -> int:
+    chance = random.Random(seed)
+    return read_files(top, [large_store_path(chance.randrange(images), _MANY) for _ in range(count)])
 
 
 def _mib(size_bytes: float) -> float:

@@ -5,13 +5,16 @@ Prints one JSON object: seconds, the memory of the table, and what kinds of memo
 
 import argparse
 import json
+import os
 import random
+import signal
+import sys
 import threading
 import time
 from typing import Self
 
+from bench.commands import Failed, python, status
 from bench.measure import process_memory
-from bench.site import python
 from imgfs.store import ROOT, Store
 
 _LOOK_EVERY_S = 0.002
@@ -44,6 +47,22 @@ def probe(store: object, *, use: int = 0) -> dict[str, float]:
     return found
 
 
+def probe_killed(store: object, images: int) -> None:
+    """Run this module on *store*, let it put images and die of SIGKILL."""
+    if status(sys.executable, "-m", "bench.probe", str(store), "--put-and-die", str(images)) != -signal.SIGKILL:
+        raise Failed(f"the process that was to die at {store} did not")
+
+
+def _put_and_die(store: Store, images: int) -> None:
+    """Put so many images, half of them durable, and end without a word."""
+    for number in range(images):
+        if number == images // 2:
+            store.sync()
+        name = b"%d-%08d" % (os.getpid(), number)
+        store.put(ROOT, name, name, len(name), mode=0o644, uid=0, gid=0, mtime_ns=number)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _use(store: Store, images: int) -> int:
     """List the whole store, then open and read some images; return how many entries there are."""
     entries = 0
@@ -70,11 +89,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Open a store and say what that took.")
     parser.add_argument("store")
     parser.add_argument("--use", type=int, default=0, help="list all, and read so many images")
+    parser.add_argument("--put-and-die", type=int, default=0, help="put so many images, and die")
     arguments = parser.parse_args()
     with _Peak() as peak:
         start = time.perf_counter()
         store = Store.open(arguments.store)
         seconds = time.perf_counter() - start
+    if arguments.put_and_die:
+        _put_and_die(store, arguments.put_and_die)
     found: dict[str, float] = {"seconds": seconds, "table": store.counts().memory_bytes, "anon_peak": peak.bytes}
     found |= process_memory()
     if arguments.use:

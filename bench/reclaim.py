@@ -17,10 +17,12 @@ from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.commands import Failed, imgfs
+from bench.commands import run as run_command
 from bench.measure import read_files, rounds, say, timed, together
-from bench.result import Result
-from bench.site import Failed, Mounted, Site, drop_caches, imgfs
-from bench.site import run as run_command
+from bench.result import OURS, Result
+from bench.serving import MountServer
+from bench.site import Site, drop_caches
 from bench.trees import make_tree
 from imgfs import control
 from imgfs.options import MountOptions
@@ -36,7 +38,8 @@ _BUFFER_BYTES = 64 << 10
 # Faster than any disk.
 _UNLIMITED_MIB = 1_000_000
 _USUAL_MIB = MountOptions().compact_rate_mib
-_UNLIMITED, _QUIET = "compact_rate unlimited", "no compaction"
+# The first column is of imgfs as it comes.
+_USUAL, _UNLIMITED, _QUIET = OURS, "compact_rate unlimited", "no compaction"
 _WINDOW_MAX_S = 120.0
 _KEPT, _GONE = "retention=86400,compact=0", "retention=0,compact=0"
 
@@ -53,8 +56,8 @@ class _Size:
 # Two volumes are sealed, and become one; what is left is in the one that is written to.
 SIZES = {
     "tiny": _Size(200, 1_900_000, 1, 0.1, 400 << 20),
-    "quick": _Size(2_000, 19 * MIB, 1, 0.2, 1 << 30),
-    "full": _Size(60_000, 550 * MIB, 3, 2.0, 8 << 30),
+    "quick": _Size(1_000, 9 * MIB, 1, 0.2, 1 << 30),
+    "full": _Size(10_000, 92 * MIB, 3, 2.0, 4 << 30),
 }
 
 
@@ -285,7 +288,7 @@ class _Latencies:
         )
 
     def _window(
-        self, store: Path, mounted: Mounted, case: _Case, number: int, *, compacting: bool
+        self, store: Path, mounted: MountServer, case: _Case, number: int, *, compacting: bool
     ) -> tuple[list[int], int, float]:
         """Return (ns of each read, bytes that a compaction has copied, seconds)."""
         names = random.Random(number).sample(self._half.live, len(self._half.live))
@@ -320,14 +323,16 @@ class _Latencies:
             for case, other in self._pairs():
                 ratios = [_ratios(self._found[each], figure) for each in (case, other)]
                 what = f"{figure} of reads, {case.who}: while compacting / without"
-                result.add(what, "x", ratios[0], others={_UNLIMITED: ratios[1]})
+                result.add(what, "x", {_USUAL: ratios[0], _UNLIMITED: ratios[1]}, compared=False)
         for case, other in self._pairs():
             found, at_once = self._found[case], self._found[other]
             for figure in _FIGURES:
-                columns = {_UNLIMITED: at_once.busy[figure], _QUIET: found.quiet[figure] + at_once.quiet[figure]}
-                result.add(f"{figure} of reads, {case.who}", "ms", found.busy[figure], others=columns)
+                columns = {_USUAL: found.busy[figure], _UNLIMITED: at_once.busy[figure]}
+                columns[_QUIET] = found.quiet[figure] + at_once.quiet[figure]
+                result.add(f"{figure} of reads, {case.who}", "ms", columns, compared=False)
             what = f"copied meanwhile, {case.who}"
-            result.add(what, "MB/s", found.mb_per_s, others={_UNLIMITED: at_once.mb_per_s})
+            columns = {_USUAL: found.mb_per_s, _UNLIMITED: at_once.mb_per_s}
+            result.add(what, "MB/s", columns, compared=False)
 
     def _pairs(self) -> list[tuple[_Case, _Case]]:
         """Return each case at the usual rate, and the same without a limit."""

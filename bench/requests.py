@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.commands import Failed
+from bench.commands import run as run_command
 from bench.counting import make_counts, read_counts
 from bench.measure import say
 from bench.result import Result
-from bench.site import Failed, Mounted, Site
-from bench.site import run as run_command
+from bench.serving import MountServer
+from bench.site import Site
 from bench.trees import make_tree
 
 _IMAGE_BYTES = 20_000
@@ -26,7 +28,7 @@ class _Size:
     images: int
 
 
-SIZES = {"tiny": _Size(16), "quick": _Size(100), "full": _Size(500)}
+SIZES = {"tiny": _Size(16), "quick": _Size(50), "full": _Size(500)}
 
 
 # Extended attributes cost requests even where there are none, so everything is counted without and with them.
@@ -89,7 +91,7 @@ class _Bench:
         self._counts = make_counts(site.fresh("counts"))
 
     @contextmanager
-    def _mounted(self) -> Iterator[Mounted]:
+    def _mounted(self) -> Iterator[MountServer]:
         with self._site.mounted(self._store, "bench.counting", self._counts, self._options) as mounted:
             self._dropped = _caches_dropped()
             yield mounted

@@ -1,10 +1,9 @@
-"""What a bench found: rows of figures, kept as JSON, shown as a table in docs/performance.md.
+"""What a bench found: rows of figures, round by round and system by system, kept as JSON.
 
-Owns both formats. Must not know how anything is measured.
+Owns that format. Must not know how anything is measured, nor how it is shown.
 """
 
 import json
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,34 +11,37 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGE = PROJECT / "docs" / "performance.md"
+OURS = "imgfs"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: what was measured in each round, of imgfs, and of plain XFS where that does the same."""
+    """One figure: what was measured in each round, of each system."""
 
     what: str
     unit: str
-    imgfs: Sequence[float]
-    xfs: Sequence[float] = ()
-    others: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """What others do in the same rounds, by their names."""
+    samples: Mapping[str, Sequence[float]]
+    compared: bool = True
+    """The columns are systems that do the same, imgfs the first of them."""
 
-    @property
-    def ratio(self) -> float | None:
-        """The median over the rounds of imgfs / XFS; both ran in each round, one right after the other."""
-        if not self.xfs or not all(self.xfs):
-            return None
-        return statistics.median(ours / theirs for ours, theirs in zip(self.imgfs, self.xfs, strict=True))
+    def ratios(self) -> dict[str, list[float]]:
+        """Return imgfs / other, round by round; both ran in each round, one soon after the other."""
+        ours = self.samples.get(OURS)
+        if ours is None or not self.compared:
+            return {}
+        return {
+            name: [mine / other for mine, other in zip(ours, theirs, strict=False)]
+            for name, theirs in self.samples.items()
+            if name != OURS and all(theirs)
+        }
 
     def as_json(self) -> dict[str, object]:
-        fields: dict[str, object] = {"what": self.what, "unit": self.unit, "imgfs": _summary(self.imgfs)}
-        if self.xfs:
-            fields |= {"xfs": _summary(self.xfs), "ratio": self.ratio}
-        if self.others:
-            fields["others"] = {name: _summary(samples) for name, samples in self.others.items()}
-        return fields
+        return {
+            "what": self.what,
+            "unit": self.unit,
+            "systems": {name: summary(samples) for name, samples in self.samples.items()},
+            "ratios": {name: summary(ratios) for name, ratios in self.ratios().items()},
+        }
 
 
 @dataclass
@@ -56,12 +58,21 @@ class Result:
         self,
         what: str,
         unit: str,
-        imgfs: float | Sequence[float],
-        xfs: Sequence[float] = (),
-        others: Mapping[str, Sequence[float]] | None = None,
+        samples: float | Sequence[float] | Mapping[str, Sequence[float]],
+        *,
+        compared: bool = True,
     ) -> None:
-        """Add a row; a single number was measured once."""
-        self.rows.append(Row(what, unit, (imgfs,) if isinstance(imgfs, int | float) else imgfs, xfs, others or {}))
+        """Add a row: of imgfs, measured once or in rounds, or of several systems."""
+        if isinstance(samples, int | float):
+            samples = (samples,)
+        if not isinstance(samples, Mapping):
+            samples = {OURS: samples}
+        self.rows.append(Row(what, unit, samples, compared))
+
+    def note(self, text: str) -> None:
+        """Add a note, unless it is there."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def as_json(self, machine: Mapping[str, str], size: str) -> dict[str, object]:
         return {
@@ -75,7 +86,8 @@ class Result:
         }
 
 
-def _summary(samples: Sequence[float]) -> dict[str, object]:
+def summary(samples: Sequence[float]) -> dict[str, object]:
+    """Return what is said about the rounds of one system."""
     return {
         "median": statistics.median(samples),
         "min": min(samples),
@@ -90,61 +102,3 @@ def write_json(directory: Path, found: Mapping[str, object]) -> Path:
     path = directory / f"{found['bench']}.json"
     path.write_text(json.dumps(found, indent=2) + "\n")
     return path
-
-
-def number(value: float) -> str:
-    """Return *value* with as many digits as it deserves."""
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    if abs(value) >= 100:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def cell(summary: Mapping[str, object] | None, unit: str) -> str:
-    """Return the text of a cell: the median, and from where to where the rounds went."""
-    if summary is None:
-        return ""
-    median, least, most = (float(str(summary[key])) for key in ("median", "min", "max"))
-    spread = f" ({number(least)} to {number(most)})" if number(least) != number(most) else ""
-    return f"{number(median)}{' ' + unit if unit else ''}{spread}"
-
-
-def table(found: Mapping[str, object]) -> str:
-    """Return the rows of a result as a table in Markdown, with what it was measured on."""
-    rows = found["rows"]
-    assert isinstance(rows, list)
-    compared = any("xfs" in row for row in rows)
-    others = list(dict.fromkeys(name for row in rows for name in row.get("others", {})))
-    heads = ["", "imgfs", *(["plain XFS", "imgfs / XFS"] if compared else []), *others]
-    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    for row in rows:
-        cells = [row["what"], cell(row["imgfs"], row["unit"])]
-        if compared:
-            ratio = row.get("ratio")
-            cells += [cell(row.get("xfs"), row["unit"]), f"{ratio:.2f}" if ratio is not None else ""]
-        cells += [cell(row.get("others", {}).get(name), row["unit"]) for name in others]
-        lines.append("| " + " | ".join(cells) + " |")
-    machine, notes = found["machine"], found["notes"]
-    assert isinstance(machine, dict)
-    assert isinstance(notes, list)
-    lines += ["", *(f"- {note}" for note in notes)]
-    lines.append("- Measured on: " + ", ".join(str(value) for value in machine.values()) + ".")
-    return "\n".join(lines)
-
-
-def put_into(page: str, found: Mapping[str, object]) -> str:
-    """Return *page* with the table of a result between its markers."""
-    start, end = f"<!-- bench {found['bench']} -->", f"<!-- end of bench {found['bench']} -->"
-    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(page):
-        raise ValueError(f"the page has no markers for the table of {found['bench']}")
-    return pattern.sub(lambda _: f"{start}\n\n{table(found)}\n\n{end}", page)
-
-
-def refresh_page(page: Path = PAGE, results: Path = RESULTS) -> None:
-    """Put every result that is kept into the page."""
-    text = page.read_text()
-    for path in sorted(results.glob("*.json")):
-        text = put_into(text, json.loads(path.read_text()))
-    page.write_text(text)

@@ -8,61 +8,20 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.result import PROJECT
+from bench.commands import Failed, run
+from bench.serving import MountServer, unmount
 from imgfs import mountpoint
 from imgfs.settings import Settings
 from imgfs.store import make_store
 
 PREFIX = "imgfs-bench-"
-_DEADLINE_S = 60.0
-_POLL_S = 0.005
 _SECTOR_BYTES = 512
-
-
-class Failed(Exception):
-    """A bench cannot run here, or what it ran failed."""
-
-
-def run(*command: str | Path, deadline_s: float = 3600.0) -> str:
-    """Run *command* to its end and return its standard output. Failed if it fails."""
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=deadline_s,
-        check=False,
-        env=environment(),
-        cwd="/",
-    )
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        raise Failed(f"{' '.join(map(str, command))} ended with {done.returncode}: {said}")
-    return done.stdout.decode(errors="replace")
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of what benches start: nothing of the user's, and this project's code."""
-    # Debian keeps mkfs and losetup where a user's PATH does not look.
-    path = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin" + os.pathsep + "/sbin"
-    return {"PATH": path, "PYTHONPATH": str(PROJECT), "LC_ALL": "C.UTF-8"}
-
-
-def python(module: str, *arguments: str | Path) -> str:
-    """Run a module of this project in a process of its own and return its standard output."""
-    return run(sys.executable, "-m", module, *arguments)
-
-
-def imgfs(*arguments: str | Path) -> str:
-    """Run the command line of imgfs."""
-    return python("imgfs", *arguments)
 
 
 def drop_caches() -> None:
@@ -84,20 +43,18 @@ class XfsDisk:
         return int(fields[0]), int(fields[2]) * _SECTOR_BYTES
 
 
-@dataclass(frozen=True)
-class Mounted:
-    """A store that a daemon serves at `point`."""
-
-    point: Path
-    pid: int
-
-
 class Site:
     """The scratch directory of one run; see `open_site`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, systems: Collection[str] = ()) -> None:
         self.directory = directory
+        self._systems = systems
         self._used = 0
+
+    def wants(self, system: str) -> bool:
+        """Return whether this run is to measure *system*; imgfs and XFS always."""
+        short = system.partition(",")[0].lower()
+        return not self._systems or short in ("imgfs", "xfs", *self._systems)
 
     def fresh(self, name: str) -> Path:
         """Return a path in the scratch directory that nothing has."""
@@ -120,7 +77,7 @@ class Site:
             path.mkdir()
             stack.callback(path.rmdir)
             run("mount", device, path)
-            stack.callback(_unmount, path)
+            stack.callback(unmount, path)
             yield XfsDisk(path, device)
 
     def make_store(self, path: Path, settings: Settings | None = None) -> Path:
@@ -129,63 +86,35 @@ class Site:
         return path
 
     @contextlib.contextmanager
-    def mounted(self, store: Path, module: str = "imgfs", *arguments: str | Path) -> Iterator[Mounted]:
+    def mounted(self, store: Path, module: str = "imgfs", *arguments: str | Path) -> Iterator[MountServer]:
         """Serve *store* by a daemon of its own, `python -m MODULE mount ...`; end it when all is done."""
-        point = self.fresh("mnt")
-        point.mkdir()
-        log = point.with_suffix(".log")
-        command = [sys.executable, "-m", module, "mount", *arguments, store, point]
-        with open(log, "wb") as output:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment(), cwd="/"
-            )
+        server = self.serve(store, module, *arguments)
         try:
-            _wait_for_mount(process, point, log)
-            yield Mounted(point, process.pid)
-            _unmount(point)
-            if process.wait(_DEADLINE_S):
-                raise Failed(f"the daemon ended with {process.returncode}: {log.read_text()}")
+            yield server
+            server.unmount()
         finally:
-            _end(process, point)
+            server.stop()
 
-
-def _wait_for_mount(process: "subprocess.Popen[bytes]", point: Path, log: Path) -> None:
-    deadline = time.monotonic() + _DEADLINE_S
-    while b"mounted at" not in log.read_bytes():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise Failed(f"no mount at {point}: {log.read_text()}")
-        time.sleep(_POLL_S)
-
-
-def _unmount(point: Path) -> None:
-    """Unmount; whoever looks at every new mount, as a desktop does, gets a moment to finish."""
-    deadline = time.monotonic() + _DEADLINE_S
-    while True:
+    def serve(self, store: Path, module: str = "imgfs", *arguments: str | Path) -> MountServer:
+        """As `mounted`, for who ends it himself."""
+        point = self.fresh("mnt")
+        # Not mortal: the processes of the daemon look after each other, and end with the mount.
+        command = (sys.executable, "-m", module, "mount", *arguments, store, point)
+        server = MountServer(point, *command, mortal=False)
         try:
-            run("umount", point)
-            return
-        except Failed:
-            if time.monotonic() > deadline or not os.path.ismount(point):
-                raise
-            time.sleep(_POLL_S * 20)
-
-
-def _end(process: "subprocess.Popen[bytes]", point: Path) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    while mountpoint.find(str(point)):
-        run("umount", "-l", point)
-    point.rmdir()
+            server.wait_until(lambda: server.has_said("mounted at"))
+        except BaseException:
+            server.stop()
+            raise
+        return server
 
 
 @contextlib.contextmanager
-def open_site(base: str | None = None) -> Iterator[Site]:
-    """Make the scratch directory of this run under *base*, by default where temporary files go."""
+def open_site(base: str | None = None, systems: Collection[str] = ()) -> Iterator[Site]:
+    """Make the scratch directory of this run under *base*, by default where temporary files go.
+
+    *systems* are those beside imgfs and XFS that are to be measured; if there are none, all.
+    """
     if os.geteuid() != 0 or not os.path.exists("/dev/fuse"):
         raise Failed("benches mount file systems and drop caches: be root, with /dev/fuse")
     base = os.path.realpath(base or tempfile.gettempdir())
@@ -196,7 +125,7 @@ def open_site(base: str | None = None) -> Iterator[Site]:
     directory.chmod(0o755)
     before = signal.signal(signal.SIGTERM, _leave)
     try:
-        yield Site(directory)
+        yield Site(directory, systems)
     finally:
         _sweep(directory)
         signal.signal(signal.SIGTERM, before)

@@ -16,7 +16,7 @@ import numpy as np
 from crc32c import crc32c
 
 from bench.measure import say
-from bench.needles import IMAGE_MODE, IMAGE_OWNER, NEEDLE_BYTES, TIME_NS, Int64s, Place, pack_images
+from bench.needles import IMAGE_MODE, IMAGE_OWNER, NEEDLE_BYTES, TIME_NS, Int64s, Place, image_name, pack_images
 from bench.site import Site
 from imgfs.disk import Disk
 from imgfs.format import (
@@ -85,6 +85,12 @@ def large_store(site: Site, images: int, directories: int) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def large_store_path(number: int, directories: int) -> str:
+    """Return where image *number* of such a store is, relative to the root."""
+    name = image_name(number).decode()
+    return f"d{number % directories + ROOT + 1:06}/{name}" if directories > 1 else name
 
 
 def _directory(inode: int, name: bytes) -> Needle:

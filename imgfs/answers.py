@@ -45,18 +45,23 @@ def answered(handler: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]
             return await handle(*args)
         except FUSEError:
             raise
-        except ImgfsError as error:
-            if error.errno == errno.EIO:
-                log.error("%s: %s", handler.__name__, error)
-            raise FUSEError(error.errno) from None
-        except OSError as error:
-            log.error("%s: %s", handler.__name__, error)
-            raise FUSEError(errno.ENOSPC if error.errno in _OUT_OF_SPACE else errno.EIO) from None
-        except Exception:
-            log.exception("%s failed; this is a bug in imgfs, the request was answered with EIO", handler.__name__)
-            raise FUSEError(errno.EIO) from None
+        except Exception as error:
+            raise FUSEError(errno_of(error, handler.__name__)) from None
 
     return answer
+
+
+def errno_of(error: Exception, what: str) -> int:
+    """Return the errno that the request *what*, which raised *error*, is answered with; what is grave is logged."""
+    if isinstance(error, ImgfsError):
+        if error.errno == errno.EIO:
+            log.error("%s: %s", what, error)
+        return error.errno
+    if isinstance(error, OSError):
+        log.error("%s: %s", what, error)
+        return errno.ENOSPC if error.errno in _OUT_OF_SPACE else errno.EIO
+    log.error("%s failed; this is a bug in imgfs, the request was answered with EIO", what, exc_info=error)
+    return errno.EIO
 
 
 def all_answered(operations: type[T]) -> type[T]:

@@ -23,7 +23,7 @@ import socket
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyfuse3
 import trio
@@ -31,6 +31,7 @@ import trio
 from imgfs import wire
 from imgfs.board import Board
 from imgfs.device import Device
+from imgfs.disk import WouldBlock
 from imgfs.errors import MountFailed
 from imgfs.gate import Gate
 from imgfs.replies import Reply
@@ -45,6 +46,9 @@ _IN_A_ROW = 32
 # asks alone has one worker's attention, and two that both wake for it are slower than one.
 _NAP_S = 0.001
 _NAPS_MAX = 4
+# pyfuse3 starts so many tasks when all others are busy, and ends none: rows are given to them for good, and a buffer of
+# a MiB each.
+PYFUSE3_TASKS_MAX = 64
 # One answer to INIT, or what libfuse answers without a handler.
 _REPLY_BYTES_MAX = 1024
 
@@ -70,6 +74,26 @@ class _Lock:
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         self._held = False
         self._waiting.unpark()
+
+
+class Express(Protocol):
+    """Who answers requests past pyfuse3, each noted in a row as being in hand."""
+
+    def answer(self, head: wire.Head, request: memoryview, row: int) -> Reply | None:
+        """Answer on the spot; None: pyfuse3 shall. Raises `WouldBlock` where `answer_late` shall."""
+
+    async def answer_late(self, head: wire.Head, request: bytes, row: int) -> Reply:
+        """Answer when the disk has given what is asked for."""
+
+
+class _Nothing:
+    """Leaves everything to pyfuse3."""
+
+    def answer(self, head: wire.Head, request: memoryview, row: int) -> Reply | None:
+        return None
+
+    async def answer_late(self, head: wire.Head, request: bytes, row: int) -> Reply:
+        raise NotImplementedError
 
 
 class TrialPassed(Exception):
@@ -123,8 +147,8 @@ class Desk:
         self.wait = _Wait()
         """Handlers that wait for a thread or a lock say so: meanwhile every task gets its turn."""
 
-        self.express: Callable[[wire.Head, memoryview, int], Reply | None] = lambda head, request, row: None
-        """Answers a request on the spot, and does nothing of what it cannot answer so."""
+        self.express: Express = _Nothing()
+        """Answers requests past pyfuse3."""
 
         self._trial = trial
         self._device = device
@@ -135,6 +159,9 @@ class Desk:
         self._requests = requests
         self._first_row = worker * TASKS_MAX
         self._seats: dict[object, _Seat] = {}
+        # Rows for what is answered late; those before are for tasks of pyfuse3.
+        self._free_rows = list(range(self._first_row + PYFUSE3_TASKS_MAX, self._first_row + TASKS_MAX))
+        self._nursery: trio.Nursery | None = None
         self._has_gate = False
         self._in_a_row = 0
         self._poll = select.poll()
@@ -154,6 +181,10 @@ class Desk:
         self._ours.close()
         os.close(self._handed)
         self._gate.close()
+
+    def serve_late_in(self, nursery: trio.Nursery) -> None:
+        """Answer in *nursery* what has to wait for the disk."""
+        self._nursery = nursery
 
     # -- pyfuse3's session ------------------------------------------------------------------------------------
 
@@ -318,6 +349,12 @@ class Desk:
                 raise
             return 0
 
+    async def _answer_late(self, head: wire.Head, raw: bytes, row: int) -> None:
+        self._write(await self.express.answer_late(head, raw, row))
+        self._requests.end(row)
+        self._free_rows.append(row)
+        self._post.gave()
+
     def _watch(self, patience_ms: int) -> bool:
         """Return whether there is a request; wait for it unless another worker does."""
         board = self._board
@@ -357,7 +394,17 @@ class Desk:
             requests.begin(seat.row, request)
             post.took()
             self._release_gate()
-            reply = self.express(head, raw, seat.row)
+            try:
+                reply = self.express.answer(head, raw, seat.row)
+            except WouldBlock:
+                if self._free_rows and self._nursery is not None:
+                    row = self._free_rows.pop()
+                    requests.begin(row, request)
+                    requests.end(seat.row)
+                    self._nursery.start_soon(self._answer_late, head, bytes(raw), row)
+                    patience_ms = 0
+                    continue
+                reply = None
             if reply is None:
                 self._hand_over(seat, request, size)
                 return _Came.ONE_FOR_PYFUSE3

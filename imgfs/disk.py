@@ -103,6 +103,17 @@ class Disk:
             done += len(data)
         return b"".join(parts)
 
+    def read_into(self, file: int, offset: int, buffer: memoryview) -> int:
+        """Fill *buffer* with what stands at *offset*; return how many bytes, fewer only where the file ends."""
+        done = 0
+        while done < len(buffer):
+            with buffer[done:] as rest:
+                count = os.preadv(file, [rest], offset + done)
+            if not count:
+                break
+            done += count
+        return done
+
     def read_resident(self, file: int, offset: int, size: int) -> bytearray:
         """As `read`, of what is in memory, WouldBlock for all else; not a byte is copied twice."""
         buffer = bytearray(size)

@@ -17,7 +17,7 @@ from crc32c import crc32c
 from imgfs.disk import Disk
 from imgfs.dump_line import Line, Scalar, Value
 from imgfs.dump_volume import BAD, OK, VolumeDump, attribute_lines, data_lines, kind_name
-from imgfs.errors import InvalidArgument, disk_error
+from imgfs.errors import Damaged, InvalidArgument, disk_error
 from imgfs.format import (
     ALIGNMENT,
     INDEX_RECORD,
@@ -34,6 +34,17 @@ from imgfs.format import (
 )
 from imgfs.layout import SLOTS_MAX
 from imgfs.load import INDEX_RECORDS
+from imgfs.saved_format import (
+    SAVED_HEADER,
+    SAVED_HEADER_FIELDS,
+    SAVED_MAGIC,
+    front_bytes,
+    piece_seed,
+    piece_sum,
+    pieces,
+    unpack_front,
+    unpack_header,
+)
 from imgfs.superblock import superblock_checksum
 
 _HEAD_BYTES = 64 << 10  # what a file is judged by
@@ -87,6 +98,8 @@ class _Dump:
         if VOLUME_MAGIC in starts or first_needle == NEEDLE_MAGIC.to_bytes(4, "little"):
             dump = VolumeDump(self._disk, self._path, self._file, self._size, data=self._data)
             return "volume", dump.lines()
+        if head.startswith(SAVED_MAGIC):
+            return "table", self._table()
         if head.startswith(NAMES_MAGIC):
             return "names", self._names()
         if self._size <= len(head) and _LOCK.fullmatch(head):
@@ -97,7 +110,7 @@ class _Dump:
             return "index", self._index()
         if head.lstrip()[:1] in (b"{", b"["):
             return self._json()
-        text = f"{self._path} is no volume, index, names, superblock, lock, list or attributes of a store"
+        text = f"{self._path} is no volume, index, names, table, superblock, lock, list or attributes of a store"
         raise InvalidArgument(text)
 
     # -- index files ------------------------------------------------------------------------------------------
@@ -157,6 +170,33 @@ class _Dump:
     def _room(self, offset: int, window: bytes, at: int) -> int:
         """Return how many bytes to read behind *window*, whose byte *at* stands at *offset* of the file."""
         return min(_HEAD_BYTES, self._size - (offset + len(window) - at))
+
+    # -- a kept table -----------------------------------------------------------------------------------------
+
+    def _table(self) -> Iterator[Line]:
+        """Yield the front of a kept table, and of each piece what part of the memory it is, with its checksum."""
+        head = self._disk.read(self._file, 0, SAVED_HEADER.size)
+        if len(head) < SAVED_HEADER.size:
+            yield Line("gap", {"offset": 0, "bytes": self._size})
+            return
+        fields = zip(SAVED_HEADER_FIELDS, SAVED_HEADER.unpack(head), strict=True)
+        named = {name: value.hex() if isinstance(value, bytes) and name != "magic" else value for name, value in fields}
+        try:
+            header = unpack_header(head, self._size)
+            front = unpack_front(self._disk.read(self._file, 0, front_bytes(header)), header)
+        except Damaged as error:
+            yield Line("header", {"offset": 0, **named, "front": BAD, "why": str(error)})
+            return
+        yield Line("header", {"offset": 0, **named, "front": OK})
+        for number, row in enumerate(front.volumes):
+            yield Line("volume", {"number": number, **row._asdict(), "salt": row.salt.hex()})
+        at, seed = front_bytes(header), piece_seed(header)
+        for number, (start, size) in enumerate(pieces(header)):
+            data = self._disk.read(self._file, at, size)
+            state = OK if piece_sum(data, seed, number) == front.sums[number] else BAD
+            yield Line("piece", {"number": number, "offset": at, "bytes": size, "memory": start, "data": state})
+            at += size
+        yield Line("end", {"offset": at})
 
     # -- small files ------------------------------------------------------------------------------------------
 

@@ -1,27 +1,30 @@
-"""Answers requests on the spot, past pyfuse3, where nobody has to be waited for.
+"""Answers requests past pyfuse3: on the spot where nobody has to be waited for, later what the disk has to give.
 
 Owns how the bytes of such a request are read. Must not know the device, nor who else serves it.
 
 Most requests ask for what is in memory, or change little. What pyfuse3 and trio do for each, coroutines, objects and
 turns of a loop, costs more than the answer. So a worker tries here first. What cannot be answered at once, or not well,
 is not answered at all, and nothing has happened: then pyfuse3 gets the request, and its handler (fs.py) does it again
-from the start, with all that errors, threads and full disks need. Both ask the same of the store (acts.py).
+from the start, with all that errors, threads and full disks need; but who only looks at what is not in memory is
+answered here, from a thread. Both ask the same of the store (acts.py).
 
-*Concurrency:* nothing here waits, so a request is done before the next is read.
+*Concurrency:* `answer` waits for nothing, so a request is done before the next is read; `answer_late` awaits.
 """
 
 import os
 import struct
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from imgfs import replies
 from imgfs.acts import Acts, Listed, Shown
+from imgfs.answers import errno_of
 from imgfs.calls import Calls
-from imgfs.disk import WouldBlock
-from imgfs.errors import ImgfsError
+from imgfs.disk import Buffer, WouldBlock
+from imgfs.errors import ImgfsError, InvalidArgument
 from imgfs.replies import CACHE_DIRECTORY, KEEP_CACHE, NO_FLUSH, Reply
 from imgfs.store import Store
-from imgfs.wire import IN_HEADER, Head, Opcode
+from imgfs.wire import IN_HEADER, NAMES, Head, Opcode, error_reply
 
 _U32 = struct.Struct("<I")
 _HANDLE = struct.Struct("<Q")
@@ -29,6 +32,19 @@ _RANGE = struct.Struct("<QQI")  # handle, offset, size
 _WRITE_HEADER_BYTES = 40
 _CREATE = struct.Struct("<IIII")  # flags, mode, umask, padding
 _HEADER_BYTES = IN_HEADER.size
+
+
+class Asked(NamedTuple):
+    """A request."""
+
+    unique: int
+    node: int
+    uid: int
+    gid: int
+    thread: int
+    body: Buffer
+    row: int
+    """Where it is noted as being in hand."""
 
 
 class Express:
@@ -39,19 +55,21 @@ class Express:
         self._acts = acts
         self._calls = calls
         self._timeout_s = acts.manner.timeout_s
-        self._by_opcode: dict[int, Callable[[int, int, tuple[int, int, int], memoryview, int], Reply | None]] = {
+        self._looks: dict[int, Callable[..., Reply]] = {
             Opcode.LOOKUP: self._lookup,
-            Opcode.GETATTR: self._getattr,
-            Opcode.OPENDIR: self._opendir,
-            Opcode.READDIRPLUS: self._readdirplus,
-            Opcode.RELEASEDIR: self._releasedir,
             Opcode.OPEN: self._open,
             Opcode.READ: self._read,
+            Opcode.READDIRPLUS: self._readdirplus,
+        }
+        self._others: dict[int, Callable[[Asked], Reply | None]] = {
+            Opcode.GETATTR: self._getattr,
+            Opcode.OPENDIR: self._opendir,
+            Opcode.RELEASEDIR: self._releasedir,
             Opcode.FLUSH: self._flush,
             Opcode.RELEASE: self._release,
         }
         if store.writable:
-            self._by_opcode |= {
+            self._others |= {
                 Opcode.CREATE: self._create,
                 Opcode.WRITE: self._write,
                 Opcode.UNLINK: self._unlink,
@@ -61,15 +79,40 @@ class Express:
         """Do what *request*, as the device gave it, with *head* in front, asks for; None: nothing was done.
 
         *row* is where it is noted as being in hand.
+
+        Raises:
+            WouldBlock: it is for `answer_late`; nothing was done.
         """
         _, opcode, unique, node, uid, gid, thread, _, _ = head
-        answer = self._by_opcode.get(opcode)
-        if answer is None:
-            return None
+        asked = Asked(unique, node, uid, gid, thread, request[_HEADER_BYTES:], row)
         try:
-            return answer(unique, node, (uid, gid, thread), request[_HEADER_BYTES:], row)
-        except (WouldBlock, ImgfsError, OSError):
-            return None
+            look = self._looks.get(opcode)
+            if look is not None:
+                return look(asked, nowait=True)
+            answer = self._others.get(opcode)
+            return answer(asked) if answer is not None else None
+        except WouldBlock:
+            if look is not None:
+                raise
+        except (ImgfsError, OSError):
+            pass
+        return None
+
+    async def answer_late(self, head: Head, request: bytes, row: int) -> Reply:
+        """Answer *request*, for which `answer` has raised `WouldBlock`, when the disk has given what it asks for."""
+        _, opcode, unique, node, uid, gid, thread, _, _ = head
+        asked = Asked(unique, node, uid, gid, thread, request[_HEADER_BYTES:], row)
+        try:
+            return await self._calls.cold(self._looks[opcode], asked)
+        except Exception as error:
+            return (error_reply(unique, errno_of(error, NAMES[opcode].lower())),)
+
+    # -- looking ----------------------------------------------------------------------------------------------
+
+    def _lookup(self, asked: Asked, *, nowait: bool = False) -> Reply:
+        name = bytes(asked.body).partition(b"\0")[0]
+        shown = self._acts.lookup(asked.node, name, asked.thread, nowait=nowait)
+        return self._shown(asked.unique, shown)
 
     def _shown(self, unique: int, shown: Shown) -> Reply:
         attr = shown.attr
@@ -78,86 +121,80 @@ class Express:
         atime_ns = self._store.access_times.get(attr.inode, attr.mtime_ns)
         return replies.entry(unique, attr, atime_ns, shown.name_timeout_s, self._timeout_s)
 
-    # -- looking ----------------------------------------------------------------------------------------------
+    def _open(self, asked: Asked, *, nowait: bool = False) -> Reply:
+        if _U32.unpack_from(asked.body)[0] & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY:
+            raise InvalidArgument("an image that is opened to be written is for pyfuse3's handler")
+        handle = self._store.open_image(asked.node, nowait=nowait, row=asked.row)
+        return replies.opened(asked.unique, handle, KEEP_CACHE | NO_FLUSH)
 
-    def _lookup(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply:
-        return self._shown(unique, self._acts.lookup(node, bytes(body[:-1]), who[2], nowait=True))
+    def _read(self, asked: Asked, *, nowait: bool = False) -> Reply:
+        handle, offset, size = _RANGE.unpack_from(asked.body)
+        return replies.data(asked.unique, self._store.read(handle, offset, size, nowait=nowait))
 
-    def _getattr(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply:
-        attr = self._store.attr(node)
-        atime_ns = self._store.access_times.get(node, attr.mtime_ns)
-        return replies.attributes(unique, attr, atime_ns, self._timeout_s)
+    def _readdirplus(self, asked: Asked, *, nowait: bool = False) -> Reply:
+        directory, position, size = _RANGE.unpack_from(asked.body)
+        listing = _until_it_blocks(self._acts.listing(directory, position, nowait=nowait))
+        return replies.listing(asked.unique, listing, self._store.access_times, self._timeout_s, size)
 
-    def _opendir(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply:
+    def _opendir(self, asked: Asked) -> Reply:
         # What a directory shows depends on who asks, where images are published when they are closed.
         keep = 0 if self._acts.manner.publish_at_close else KEEP_CACHE | CACHE_DIRECTORY
-        return replies.opened(unique, node, keep)
+        return replies.opened(asked.unique, asked.node, keep)
 
-    def _readdirplus(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply:
-        directory, position, size = _RANGE.unpack_from(body)
-        listing = _until_it_blocks(self._acts.listing(directory, position, nowait=True))
-        return replies.listing(unique, listing, self._store.access_times, self._timeout_s, size)
+    def _releasedir(self, asked: Asked) -> Reply:
+        return replies.done(asked.unique)
 
-    def _releasedir(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply:
-        return replies.done(unique)
-
-    # -- open images ------------------------------------------------------------------------------------------
-
-    def _open(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply | None:
-        if _U32.unpack_from(body)[0] & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY:
-            return None
-        handle = self._store.open_image(node, nowait=True, row=row)
-        return replies.opened(unique, handle, KEEP_CACHE | NO_FLUSH)
-
-    def _read(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply:
-        handle, offset, size = _RANGE.unpack_from(body)
-        return replies.data(unique, self._store.read(handle, offset, size, nowait=True))
-
-    def _flush(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply:
-        handle = _HANDLE.unpack_from(body)[0]
-        size = self._store.flush_bytes(handle)
-        if size:
-            self._calls.at_once(row, size, self._store.flush, handle)
-        return replies.done(unique)
-
-    def _release(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply | None:
-        store = self._store
-        handle = _HANDLE.unpack_from(body)[0]
-        if not store.may_write(handle):
-            store.release(handle)
-        elif store.flush_bytes(handle):
-            return None
-        else:
-            self._calls.at_once(row, 0, store.release, handle)
-        return replies.done(unique)
+    def _getattr(self, asked: Asked) -> Reply:
+        attr = self._store.attr(asked.node)
+        atime_ns = self._store.access_times.get(asked.node, attr.mtime_ns)
+        return replies.attributes(asked.unique, attr, atime_ns, self._timeout_s)
 
     # -- changes ----------------------------------------------------------------------------------------------
     #
     # What a worker had applied when it died is told to pyfuse3's handlers; so these wait until there is no such thing.
 
-    def _create(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply | None:
+    def _create(self, asked: Asked) -> Reply | None:
         if self._store.requests.any_noted():
             return None
-        _, mode, umask, _ = _CREATE.unpack_from(body)
-        name = bytes(body[_CREATE.size :]).partition(b"\0")[0]
-        inode, handle = self._calls.at_once(row, 0, self._acts.create, node, name, mode & ~umask, *who)
-        return replies.created(self._shown(unique, self._acts.created(inode)), handle, KEEP_CACHE)
+        _, mode, umask, _ = _CREATE.unpack_from(asked.body)
+        name = bytes(asked.body[_CREATE.size :]).partition(b"\0")[0]
+        who = asked.uid, asked.gid, asked.thread
+        inode, handle = self._calls.at_once(asked.row, 0, self._acts.create, asked.node, name, mode & ~umask, *who)
+        return replies.created(self._shown(asked.unique, self._acts.created(inode)), handle, KEEP_CACHE)
 
-    def _write(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply | None:
+    def _write(self, asked: Asked) -> Reply | None:
         store = self._store
-        handle, offset, size = _RANGE.unpack_from(body)
+        handle, offset, size = _RANGE.unpack_from(asked.body)
         if self._acts.loses_privileges(store.handle_inode(handle)):
             return None
-        content = body[_WRITE_HEADER_BYTES : _WRITE_HEADER_BYTES + size]
+        content = asked.body[_WRITE_HEADER_BYTES : _WRITE_HEADER_BYTES + size]
         copied = size + store.stage_bytes(handle)
-        self._calls.at_once(row, copied, store.write, handle, offset, content, last_try=False)
-        return replies.written(unique, size)
+        self._calls.at_once(asked.row, copied, store.write, handle, offset, content, last_try=False)
+        return replies.written(asked.unique, size)
 
-    def _unlink(self, unique: int, node: int, who: tuple[int, int, int], body: memoryview, row: int) -> Reply | None:
+    def _flush(self, asked: Asked) -> Reply:
+        handle = _HANDLE.unpack_from(asked.body)[0]
+        size = self._store.flush_bytes(handle)
+        if size:
+            self._calls.at_once(asked.row, size, self._store.flush, handle)
+        return replies.done(asked.unique)
+
+    def _release(self, asked: Asked) -> Reply | None:
+        store = self._store
+        handle = _HANDLE.unpack_from(asked.body)[0]
+        if not store.may_write(handle):
+            store.release(handle)
+        elif store.flush_bytes(handle):
+            return None
+        else:
+            self._calls.at_once(asked.row, 0, store.release, handle)
+        return replies.done(asked.unique)
+
+    def _unlink(self, asked: Asked) -> Reply | None:
         if self._store.requests.any_noted():
             return None
-        self._calls.at_once(row, 0, self._store.unlink, node, bytes(body[:-1]))
-        return replies.done(unique)
+        self._calls.at_once(asked.row, 0, self._store.unlink, asked.node, bytes(asked.body).partition(b"\0")[0])
+        return replies.done(asked.unique)
 
 
 def _until_it_blocks(listing: Iterator[Listed]) -> Iterator[Listed]:

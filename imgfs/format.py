@@ -260,7 +260,8 @@ class Needle:
     @property
     def length(self) -> int:
         """Length of the whole needle in bytes, up to the next multiple of 8."""
-        return aligned(self.data_start + self.data_size + footer_bytes(self.data_size))
+        size = self.data_size
+        return aligned(self.header_bytes + len(self.name) + size + (footer_bytes(size) if size else 0))
 
     def extra_u64(self, tag: Tag) -> int:
         """Return the number in extra field *tag*, 0 where there is none."""
@@ -343,25 +344,11 @@ def unpack_needle_header(data: Buffer, seed: int, offset: int) -> Needle | None:
         return None
     tail = bytes(data[NEEDLE_HEADER_BYTES : header_bytes + name_bytes])
     extras_bytes = header_bytes - NEEDLE_HEADER_BYTES
+    extras = unpack_extras(tail[:extras_bytes]) if extras_bytes else {}
+    # By place, which takes half the time: a rebuild does this for every needle of the store.
     return Needle(
-        kind=kind,
-        inode=inode,
-        parent=parent,
-        name=tail[extras_bytes:],
-        data_size=data_size,
-        mode=mode,
-        uid=uid,
-        gid=gid,
-        owner=owner,
-        mtime_ns=mtime_ns,
-        ctime_ns=ctime_ns,
-        commit_ns=commit_ns,
-        sequence=sequence,
-        durable=durable,
-        flags=flags,
-        extras=unpack_extras(tail[:extras_bytes]) if extras_bytes else {},
-        header_bytes=header_bytes,
-        checksum=checksum,
+        *(kind, inode, parent, tail[extras_bytes:], data_size, mode, uid, gid, owner, mtime_ns, ctime_ns, commit_ns),
+        *(sequence, durable, flags, extras, header_bytes, checksum),
     )
 
 

@@ -57,6 +57,7 @@ class Word:
     ROOM_OFFERED = 37  # 1 if somebody gives space back when he is asked
     ROOM_ASKED = 38  # how often somebody asked for room
     ROOM_ANSWERED = 39  # up to which of these it was seen to
+    SOUND = 41  # 1 if nothing was wrong when the store was opened: a clean stop may keep the table
     ARENA_FREE = 64  # 32 words: first free region of each size
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from imgfs.buckets import BUCKETS_MAX, bucket_count
 from imgfs.format import (
     ALIGNMENT,
     FLAG_BARE,
@@ -23,9 +22,6 @@ from imgfs.format import (
     inode_of,
 )
 from imgfs.layout import (
-    ARENA_AT,
-    ARENA_UNIT,
-    BUCKET_BYTES,
     LINKS_AT,
     OWNER,
     OWNERS_AT,
@@ -39,6 +35,7 @@ from imgfs.layout import (
     Flag,
     Word,
 )
+from imgfs.linking import link_members
 from imgfs.memory import Memory
 from imgfs.plausible import slot_limit
 
@@ -59,6 +56,8 @@ INDEX_RECORDS = np.dtype([("kind", "u1"), ("slot", "<u4"), *_SHARED])
 RECORDS = np.dtype([("flags", "u1"), ("volume", "<u2"), ("name_volume", "<u2"), *_SHARED])
 assert INDEX_RECORDS.itemsize == INDEX_RECORD_BYTES
 assert RECORDS.itemsize == RECORD_BYTES
+# Either, where only its bytes count: NumPy copies fields one by one.
+_RAW = np.dtype(f"V{RECORD_BYTES}")
 # As layout.RARE.
 RARE_ENTRIES = np.dtype(
     [(name, "<u4") for name in ("next", "slot", "generation", "links", "volume", "offset8", "size")]
@@ -69,14 +68,16 @@ PUTS = [Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK]
 _LINKED = [Kind.FILE, Kind.SYMLINK, Kind.SPECIAL]
 # What changes inodes that were put before; a link does so to its target.
 _EVENTS = [Kind.RENAME, Kind.DELETE, Kind.ATTRIBUTES, Kind.XATTR, Kind.LINK]
-# By kind: what is about an inode, and what gives it a name.
-_IS_NAMED, _IS_ABOUT = np.zeros((2, 256), bool)
+# By kind: what is about an inode, what gives it a name, and the two lists above.
+_IS_NAMED, _IS_ABOUT, _IS_PUT, _IS_EVENT = np.zeros((4, 256), bool)
+_IS_PUT[PUTS] = True
+_IS_EVENT[_EVENTS] = True
 _IS_NAMED[[*PUTS, Kind.RENAME]] = True
 _IS_ABOUT[[*PUTS, Kind.RENAME, Kind.DELETE, Kind.ATTRIBUTES, Kind.XATTR]] = True
 # What a needle can say of the root, which has no name.
 _OF_THE_ROOT = [Kind.DIRECTORY, Kind.ATTRIBUTES, Kind.XATTR]
-# Linking sorts so many records at a time, which bounds the memory it takes.
-_BATCH = 1 << 20
+# So many records are looked at at a time, where a number of 8 bytes is needed for each.
+_BATCH = 1 << 16
 
 
 class Loader:
@@ -93,37 +94,56 @@ class Loader:
         # Of these, the ones of inodes that are not there, as `link` found them.
         self.unclaimed: dict[int, tuple[int, int, int]] = {}
 
+    @property
+    def slots(self) -> int:
+        """How many slots anything had so far."""
+        return self._slots
+
     def _records(self, count: int) -> npt.NDArray[np.void]:
         return np.frombuffer(self._memory.map, RECORDS, count, RECORDS_AT)
 
-    def add(self, records: bytes | bytearray, volume: int) -> None:
+    def add(self, records: bytes | bytearray | memoryview, volume: int) -> None:
         """Load the index *records* (count x 39 bytes) of the volume with entry *volume*."""
         index = np.frombuffer(records, INDEX_RECORDS)
         if not len(index):
             return
-        self._define_owners(index[index["kind"] == Kind.OWNER], volume)
-        self._slots = max(self._slots, int(index["slot"][index["kind"] != Kind.OWNER].max(initial=0)))
-        if len(self._last) < self._slots:
-            self._last = np.full(self._slots + (self._slots >> 3), -1, np.int32)
         kind = np.ascontiguousarray(index["kind"])
-        position = np.arange(len(index), dtype=np.int32)
-        puts = np.isin(kind, PUTS)
-        put, put_at = self._last_of(position[puts], index["slot"][puts].astype(np.int64) - 1)
-        fresh = np.zeros(len(put), RECORDS)
-        source = index[put]
-        fresh["flags"] = source["kind"]
+        slot = index["slot"].copy()
+        owners = np.flatnonzero(kind == Kind.OWNER)
+        self._define_owners(index[owners], volume)
+        slot[owners] = 0
+        self._slots = max(self._slots, int(slot.max(initial=0)))
+        put = np.flatnonzero(_IS_PUT[kind]).astype(np.int32)
+        put_at = slot[put].astype(np.int64) - 1
+        if not (put_at[1:] > put_at[:-1]).all():
+            put, put_at = self._last_of(put, put_at)
+        # Both kinds of records differ only in what stands in place of the slot.
+        fresh = np.frombuffer(records, _RAW)[put].view(RECORDS)
         fresh["volume"] = fresh["name_volume"] = volume
-        for name, _ in _SHARED:
-            fresh[name] = source[name]
-        directory = source["kind"] == Kind.DIRECTORY
+        directory = np.flatnonzero(kind[put] == Kind.DIRECTORY)
         for name in ("volume", "offset8", "size"):
             fresh[name][directory] = 0
-        self._records(self._slots)[put_at] = fresh
+        self._store(put_at, fresh)
+        events = np.flatnonzero(_IS_EVENT[kind])
+        if len(events):
+            last = self._last_numbers()
+            last[put_at] = put
+            self._change(index[events], events.astype(np.int32), volume)
+            last[put_at] = -1
 
-        self._last[put_at] = put
-        events = np.isin(kind, _EVENTS)
-        self._change(index[events], position[events], volume)
-        self._last[put_at] = -1
+    def _store(self, slots: npt.NDArray[np.int64], records: npt.NDArray[np.void]) -> None:
+        """Make *records* those of *slots*, which rise if they lie side by side."""
+        table = self._records(self._slots)
+        if len(slots) and slots[-1] - slots[0] == len(slots) - 1 and (slots[1:] > slots[:-1]).all():
+            table[slots[0] : slots[-1] + 1].view(_RAW)[:] = records.view(_RAW)
+        else:
+            table.view(_RAW)[slots] = records.view(_RAW)
+
+    def _last_numbers(self) -> npt.NDArray[np.int32]:
+        """Return a number for each slot, -1 but for what the caller sets and takes back; most stores need it rarely."""
+        if len(self._last) < self._slots:
+            self._last = np.full(self._slots + (self._slots >> 3), -1, np.int32)
+        return self._last
 
     def _change(self, index: npt.NDArray[np.void], position: npt.NDArray[np.int32], volume: int) -> None:
         """Do what the records *index* say that are no puts, each where its inode was not put again behind it."""
@@ -202,7 +222,7 @@ class Loader:
         self, numbers: npt.NDArray[np.int32], slots: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Return (number, slot) of the last of *numbers* for each of the *slots* they belong to."""
-        last = self._last
+        last = self._last_numbers()
         last[slots] = numbers  # of equal slots the last is stored
         keep = last[slots] == numbers
         last[slots] = -1
@@ -237,27 +257,36 @@ class Loader:
         flags = np.ascontiguousarray(table["flags"])
         links = np.flatnonzero(flags & (Flag.KIND | Flag.DEAD) == Kind.LINK)
         lost = self._load_rare(table, links) if len(links) or self._xattrs else links
-        alive = (flags & Flag.KIND != 0) & (flags & Flag.DEAD == 0)
-        kinds = flags & Flag.KIND
+        kinds: npt.NDArray[np.uint8] = flags & np.uint8(Flag.KIND)
+        kinds[flags & Flag.DEAD != 0] = Kind.FREE  # of what lives
+        del flags
         for word, counted in (
             (Word.FILES, (Kind.FILE, Kind.SPECIAL)),
             (Word.DIRECTORIES, (Kind.DIRECTORY,)),
             (Word.SYMLINKS, (Kind.SYMLINK,)),
         ):
-            words[word] = int(np.count_nonzero(alive & np.isin(kinds, counted)))
-        parent = table["parent"].astype(np.int64) - 1
-        inside = alive & (parent >= 0) & (parent < self._slots)
-        inside[0] = False  # the root lies in no directory
-        placed = inside.copy()
-        placed[inside] = (alive & (kinds == Kind.DIRECTORY))[parent[inside]]
-        orphans = np.flatnonzero(alive & ~placed)
+            words[word] = sum(int(np.count_nonzero(kinds == kind)) for kind in counted)
+        placed = self._placed(table, kinds)
+        orphans = np.flatnonzero((kinds != Kind.FREE) & ~placed)
         orphans = orphans[~linked(table, orphans)]
-        members = np.flatnonzero(placed)
-        self._link_members(members, parent[members], table)
-        subdirectories = members[kinds[members] == Kind.DIRECTORY]
-        where, count = np.unique(parent[subdirectories], return_counts=True)
+        subdirectories = np.flatnonzero(placed & (kinds == Kind.DIRECTORY))
+        del kinds
+        link_members(self._memory, placed, table)
+        where, count = np.unique(table["parent"][subdirectories].astype(np.int64) - 1, return_counts=True)
         table["volume"][where] = np.minimum(count, SUBDIRECTORIES_MANY)
         return [int(slot) for slot in (*orphans, *lost) if slot]
+
+    def _placed(self, table: npt.NDArray[np.void], kinds: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+        """Return for each slot whether what lives in it, by *kinds*, lies in a directory that does."""
+        holds = np.zeros(self._slots + 1, bool)  # by slot + 1, as a parent is given
+        holds[1:] = kinds == Kind.DIRECTORY
+        placed: npt.NDArray[np.bool_] = kinds != Kind.FREE
+        for start in range(0, self._slots, _BATCH):
+            parent = table["parent"][start : start + _BATCH].astype(np.int64)
+            parent[parent > self._slots] = 0
+            placed[start : start + _BATCH] &= holds[parent]
+        placed[0] = False  # the root lies in no directory
+        return placed
 
     def _load_rare(self, table: npt.NDArray[np.void], links: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Count the *links* of each inode, take over where attributes lie; return the links whose target is lost."""
@@ -299,55 +328,6 @@ class Loader:
         np.frombuffer(self._memory.map, "<u4", RARE_HEADS, RARE_HEADS_AT)[head[first]] = number[first]
         self._memory.words[Word.RARE_ENTRIES] = self._memory.words[Word.RARE_COUNT] = count
 
-    def _link_members(
-        self, members: npt.NDArray[np.int64], parent: npt.NDArray[np.int64], table: npt.NDArray[np.void]
-    ) -> None:
-        words = self._memory.words
-        directories, counts = np.unique(parent, return_counts=True)
-        table["size"][directories] = counts
-        buckets = np.where(counts >= bucket_threshold(), np.minimum(counts // 4, BUCKETS_MAX), 1)
-        classes = np.maximum(0, np.ceil(np.log2(np.maximum(buckets, 1))).astype(np.int64) - 2)
-        units = np.where(buckets > 1, np.left_shift(1, classes), 0)
-        starts = words[Word.ARENA_END] + np.cumsum(units) - units
-        words[Word.ARENA_END] = int(words[Word.ARENA_END] + units.sum())
-        table["offset8"][directories] = np.where(buckets > 1, starts, 0)
-        if not len(directories):
-            return
-        bits = np.frexp(buckets)[1].astype(np.int64)  # bit_length
-        links = np.frombuffer(self._memory.map, "<u4", self._slots, LINKS_AT)
-        heads = int(words[Word.ARENA_END]) * ARENA_UNIT // BUCKET_BYTES
-        arena = np.frombuffer(self._memory.map, "<u4", heads, ARENA_AT)
-        single_heads = table["offset8"]
-        for start in range(0, len(members), _BATCH):
-            slots = members[start : start + _BATCH]
-            row = np.searchsorted(directories, parent[start : start + _BATCH])
-            value = (table["hash_generation"][slots] & 0xFF_FFFF).astype(np.int64)
-            bucket = value & ((1 << bits[row]) - 1)
-            bucket = np.where(bucket < buckets[row], bucket, value & ((1 << (bits[row] - 1)) - 1))
-            single = buckets[row] == 1
-            # One number for each head: those in the arena, then those that stand in a directory's own record.
-            head = np.where(single, len(arena) + directories[row], starts[row] * (ARENA_UNIT // BUCKET_BYTES) + bucket)
-            order = np.argsort(head, kind="stable")
-            slots, head = slots[order], head[order]
-            first = np.ones(len(head), bool)
-            first[1:] = head[1:] != head[:-1]
-            last = np.roll(first, -1)
-            following = np.roll(slots + 1, -1)
-            # The chain of this batch ends in what an earlier batch put there.
-            in_record = head >= len(arena)
-            old = np.zeros(len(head), np.int64)
-            ends = np.flatnonzero(last)
-            record_ends = ends[in_record[ends]]
-            arena_ends = ends[~in_record[ends]]
-            old[record_ends] = single_heads[head[record_ends] - len(arena)]
-            old[arena_ends] = arena[head[arena_ends]]
-            links[slots] = np.where(last, old, following)
-            begins = np.flatnonzero(first)
-            record_begins = begins[in_record[begins]]
-            arena_begins = begins[~in_record[begins]]
-            single_heads[head[record_begins] - len(arena)] = slots[record_begins] + 1
-            arena[head[arena_begins]] = slots[arena_begins] + 1
-
 
 def sound_records(records: bytes | memoryview, state: IndexState, sequence: int) -> bool:
     """Return whether the index *records* of one volume (count x 39 bytes), up to *state*, can be what a writer wrote.
@@ -388,14 +368,6 @@ def lengths(index: npt.NDArray[np.void], end: int) -> npt.NDArray[np.int64]:
     """Return how many bytes each of the needles takes that *index* has records of; the last one goes up to *end*."""
     offsets = index["offset8"].astype(np.int64) * ALIGNMENT
     return np.diff(offsets, append=end)
-
-
-def bucket_threshold() -> int:
-    """Return from how many children on a directory has more than one bucket."""
-    count = 1
-    while bucket_count(count) == 1:
-        count += 1
-    return count
 
 
 def rebuild_free_queue(memory: Memory) -> None:

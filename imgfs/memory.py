@@ -28,6 +28,7 @@ from imgfs.layout import (
     JOURNAL_ENTRY,
     LAYOUT_VERSION,
     MEMORY_BYTES,
+    OWNERS_AT,
     PAGE,
     WORDS,
     WORDS_AT,
@@ -257,6 +258,17 @@ class Memory:
     def fill(self, offset: int, data: bytes | memoryview) -> None:
         """Store *data* where nothing points yet; a rolled-back change leaves it behind, unseen."""
         self.map[offset : offset + len(data)] = data
+
+    def load(self, offset: int, data: memoryview) -> None:
+        """Store *data*, while nobody shares the memory: through its descriptor, which spares a fault for each page."""
+        done = 0
+        while done < len(data):
+            with data[done:] as rest:
+                done += os.pwrite(self.descriptor, rest, offset + done)
+
+    def clear(self) -> None:
+        """Empty all but the words, while nobody shares the memory."""
+        self.discard(OWNERS_AT, MEMORY_BYTES - OWNERS_AT)
 
     def discard(self, offset: int, size: int) -> None:
         """Give the whole pages within *size* bytes at *offset* back; they read as zeros, and nothing may need them."""

@@ -23,9 +23,13 @@ from imgfs.layout import Word
 from imgfs.log import Log
 from imgfs.memory import Memory
 from imgfs.mend import Mender, lost_name
-from imgfs.recover import Recovery, RecoveryReport
+from imgfs.recover import Recovery, RecoveryReport, Tail
+from imgfs.saved_format import SAVED_TABLE
+from imgfs.saved_loading import load_table
+from imgfs.saved_table import remove_saved, saved_damage
 from imgfs.settings import KIB, Settings
 from imgfs.superblock import Superblock, new_superblock, pack_superblock, unpack_superblock
+from imgfs.survey import Damage
 from imgfs.table import Table
 from imgfs.volume import Volume
 from imgfs.volumes import SUFFIX, VOLUMES, Volumes
@@ -110,12 +114,14 @@ def open_parts(
     as_of_ns: int | None = None,
     keep_records: bool = False,
     thorough: bool = False,
+    saved: bool = True,
 ) -> Opened:
     """Open the store at *path*; everything but the staging files is as the volumes say when this returns.
 
     With *as_of_ns*, in ns since 1970, it is as it was then, and cannot be *writable*. With *keep_records* the index
     records of the volumes, 39 bytes for each needle, are kept as well. *thorough*: contradictions are looked for, and
-    mended, also where no bytes are damaged.
+    mended, also where no bytes are damaged. Without *saved* the table is made from volumes and index, though the last
+    stop has kept it.
 
     Raises:
         NoStore: there is none.
@@ -136,10 +142,20 @@ def open_parts(
         memory = Memory()
         try:
             if writable:
-                opened = _open_locked(path, disk, superblock, settings, memory, lock, thorough=thorough)
+                opened = _open_locked(
+                    path, disk, superblock, settings, memory, lock, thorough=thorough, saved=saved and not thorough
+                )
             else:
                 opened = _open_to_read(
-                    path, disk, superblock, settings, memory, as_of_ns, keep_records=keep_records, thorough=thorough
+                    path,
+                    disk,
+                    superblock,
+                    settings,
+                    memory,
+                    as_of_ns,
+                    keep_records=keep_records,
+                    thorough=thorough,
+                    saved=saved,
                 )
         except BaseException:
             memory.close()
@@ -184,13 +200,26 @@ def _open_locked(
     lock: int | None,
     *,
     thorough: bool,
+    saved: bool,
 ) -> Opened:
     table = Table(memory, hash_seed(superblock.store_id))
+    writer = Log(disk, f"{path}/{VOLUMES}", superblock, settings, table)
+    loaded = load_table(disk, path, table, superblock.store_id, writable=True) if saved else None
+    doubted = [] if saved or thorough else _doubt(disk, path)
+    # Before the first change: whatever happens from here on, a later start must not take it for what is so then.
+    remove_saved(disk, path)
+    if loaded is not None:
+        memory.words[Word.SOUND] = 1
+        _resume(writer, loaded.tail, None, table)
+        report = RecoveryReport(log_end=loaded.tail.state.end)
+        return Opened(superblock, settings, table, loaded.volumes, report, writer, lock)
     recovery = Recovery(disk, path, table, superblock.store_id, writable=True, thorough=thorough)
     recovery.run()
-    writer = Log(disk, f"{path}/{VOLUMES}", superblock, settings, table)
-    _resume(writer, recovery, table)
-    return Opened(superblock, settings, table, recovery.volumes, recovery.report, writer, lock)
+    report = recovery.report
+    memory.words[Word.SOUND] = not (thorough or report.damage or report.mended)
+    report.damage += doubted
+    _resume(writer, recovery.tail, recovery, table)
+    return Opened(superblock, settings, table, recovery.volumes, report, writer, lock)
 
 
 def _open_to_read(
@@ -203,9 +232,15 @@ def _open_to_read(
     *,
     keep_records: bool,
     thorough: bool,
+    saved: bool,
 ) -> Opened:
     table = Table(memory, hash_seed(superblock.store_id))
     live_writer = owner(path, disk) is not None
+    if saved and as_of_ns is None and not (live_writer or keep_records or thorough):
+        loaded = load_table(disk, path, table, superblock.store_id, writable=False)
+        if loaded is not None:
+            report = RecoveryReport(log_end=loaded.tail.state.end)
+            return Opened(superblock, settings, table, loaded.volumes, report, log=None, lock=None)
     if as_of_ns is None:
         recovery = Recovery(
             disk, path, table, superblock.store_id, writable=False, live_writer=live_writer, thorough=thorough
@@ -214,14 +249,24 @@ def _open_to_read(
         recovery = AsOf(disk, path, table, superblock.store_id, as_of_ns, live_writer=live_writer)
     recovery.kept = [] if keep_records else None
     recovery.run()
+    if not saved and not thorough:
+        recovery.report.damage += _doubt(disk, path)
     return Opened(
         superblock, settings, table, recovery.volumes, recovery.report, log=None, lock=None, records=recovery.kept
     )
 
 
-def _resume(writer: Log, recovery: Recovery, table: Table) -> None:
-    """Go on writing where recovery found the end, and write down what only recovery knows."""
-    tail = recovery.tail
+def _doubt(disk: Disk, path: str) -> list[Damage]:
+    """Return what is wrong with the bytes of the kept table of the store at *path*, which nobody has to believe."""
+    wrong = saved_damage(disk, path)
+    if not wrong:
+        return []
+    text = f"the kept table is damaged: {wrong}; the next start makes it again"
+    return [Damage(0, 0, 0, text, suffix=SAVED_TABLE, readable=True, needed=False)]
+
+
+def _resume(writer: Log, tail: Tail | None, recovery: Recovery | None, table: Table) -> None:
+    """Go on writing where the log ends, and write down what only *recovery* knows, if there had to be one."""
     with writer.lock():
         if tail is not None:
             writer.make_durable(tail.path, tail.durable, tail.state.end)
@@ -246,7 +291,8 @@ def _resume(writer: Log, recovery: Recovery, table: Table) -> None:
         for index in range(table.memory.words[Word.OWNERS]):
             if table.owner_volume(index) < 0 and table.owner(index) != (0, 0, 0):
                 writer.define_owner(*table.owner(index))
-        _write_down(writer, recovery.mender, recovery.volumes, table)
+        if recovery is not None:
+            _write_down(writer, recovery.mender, recovery.volumes, table)
 
 
 def _write_down(writer: Log, mender: Mender, volumes: Volumes, table: Table) -> None:

@@ -8,13 +8,14 @@ Owns which files are derived. Must not know what is in them.
 from imgfs.disk import Disk
 from imgfs.errors import Busy, NoStore, disk_error
 from imgfs.opening import owner, try_lock
+from imgfs.saved_table import saved_paths
 from imgfs.volumes import VOLUMES
 
 _DERIVED = (".idx", ".names")
 
 
 def remove_index(path: str, disk: Disk | None = None) -> list[str]:
-    """Remove every index file of the store at *path*; return their paths.
+    """Remove every index file of the store at *path*, and a table that was kept; return the paths of the index files.
 
     Raises:
         NoStore: there is none.
@@ -31,7 +32,7 @@ def remove_index(path: str, disk: Disk | None = None) -> list[str]:
             raise Busy(f"{path} is in use by process {owner(path, disk) or '?'}; unmount it first")
         try:
             paths = [f"{directory}/{name}" for name in disk.names(directory) if name.endswith(_DERIVED)]
-            for derived in paths:
+            for derived in [*paths, *filter(disk.exists, saved_paths(path))]:
                 disk.unlink(derived)
         finally:
             disk.close(lock)

@@ -49,6 +49,9 @@ from imgfs.table import Table
 from imgfs.volume import Volume
 from imgfs.volumes import SUFFIX, VOLUMES, OpenVolume, Volumes, volume_id_of, volume_path
 
+_PLAIN_PUTS = frozenset(map(int, (Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.SPECIAL)))
+_CHANGE_NOTHING = frozenset(map(int, (Kind.OWNER, Kind.CHECKPOINT)))
+
 
 @dataclass
 class RecoveryReport:
@@ -144,6 +147,8 @@ class Recovery:
         # By volume: what is higher than all of its sequence numbers, where that is known.
         self._sequence_ends: dict[int, int] = {}
         self._owners: set[int] = set()
+        # When directories last changed, by slot, where only needles tell that were loaded as a whole.
+        self._touched: dict[int, int] = {}
         # The index records of each volume, for whoever wants to look back.
         self.kept: list[bytes] | None = None
         # After the last volume: its id, and the number the next must begin with, 0 where that cannot be known.
@@ -161,6 +166,9 @@ class Recovery:
         for inode, (volume_entry, offset8, bytes_) in self._loader.unclaimed.items():
             self.mender.keep_xattrs(inode, Place(volume_entry, offset8 * ALIGNMENT, 0), bytes_)
         self._table.replaying = True
+        for directory, time_ns in self._touched.items():
+            with self._table.memory.change():
+                self._table.touch(directory, time_ns)
         if self.tail is not None:
             self._replay(self.tail)
             if self._needs_mending(orphans):
@@ -282,8 +290,8 @@ class Recovery:
         if not sound_records(memoryview(records)[: trusted.records * INDEX_RECORD_BYTES], trusted, sequence):
             trusted = empty_state(header.volume_id)
         index = IndexContent(
-            bytearray(records[: trusted.records * INDEX_RECORD_BYTES]),
-            bytearray(names[: trusted.names_bytes] if trusted.records else names_header(header.volume_id)),
+            bytearray(memoryview(records)[: trusted.records * INDEX_RECORD_BYTES]),
+            bytearray(memoryview(names)[: trusted.names_bytes] if trusted.records else names_header(header.volume_id)),
         )
         # What a successor exists for is durable: sealing comes before its first needle.
         survey = Survey(volume, trusted.end, size, all_durable=not last)
@@ -324,7 +332,13 @@ class Recovery:
         # Behind a seal no number is missing, but where a compaction left out the last needles.
         known = sealed and not header.replaces and not self._unreadable()
         self._expected = header.volume_id, survey.next_sequence if known else 0
-        self._loader.add(bytes(index.records[: settled * INDEX_RECORD_BYTES]), entry)
+        self._loader.add(memoryview(index.records)[: settled * INDEX_RECORD_BYTES], entry)
+        checkpointed = final is not None and final.kind == Kind.CHECKPOINT and len(tail) == 1
+        plain = self._plain(tail)
+        if plain:
+            at = settled * INDEX_RECORD_BYTES
+            self._loader.add(memoryview(index.records)[at : at + plain * INDEX_RECORD_BYTES], entry)
+            tail = tail[plain:]
         self.volumes.add(entry, OpenVolume(volume, self._settle_index(index, paths, records, names)))
         if self.kept is not None:
             self.kept.append(bytes(index.records))
@@ -338,8 +352,34 @@ class Recovery:
                 survey.durable,
                 max(size - survey.end, short),
                 sealed,
-                checkpointed=final is not None and final.kind == Kind.CHECKPOINT and len(tail) == 1,
+                checkpointed=checkpointed,
             )
+
+    def _plain(self, tail: list[tuple[int, int, Needle]]) -> int:
+        """Return how many of the first needles of *tail* can be loaded as a whole; note which directories they change.
+
+        Those that put what was not there, in a slot that nothing ever had, into a directory that is there: what most
+        crashes leave. All they change by implication is the time of that directory.
+        """
+        if self._thorough or self.report.damage:
+            return 0
+        slots, there = self._loader.slots, set[int]()
+        for number, (_, _, needle) in enumerate(tail):
+            if needle.kind in _CHANGE_NOTHING:
+                continue
+            slot, parent = slot_of(needle.inode), slot_of(needle.parent)
+            if needle.kind not in _PLAIN_PUTS or slot < slots or not needle.name or needle.inode >> 32:
+                return number
+            if needle.parent not in there:
+                record = self._table.record(parent)
+                if not self._table.is_directory(parent) or record.generation != needle.parent >> 32:
+                    return number
+                there.add(needle.parent)
+            if needle.kind == Kind.DIRECTORY:
+                there.add(needle.inode)
+            self._touched[parent] = needle.ctime_ns
+            slots = slot + 1
+        return len(tail)
 
     def _settle_index(self, index: IndexContent, paths: Index, records: bytes, names: bytes) -> Names:
         """Make the files at *paths*, which hold *records* and *names*, say what *index* says; return the names.

@@ -25,3 +25,6 @@ class Settings:
 
     rest_slots: int = 4_096
     """Freed slots rest until so many others wait behind them, so that an old inode number stays unmistakable."""
+
+    saved_slots_min: int = 65_536
+    """A clean stop keeps the table in a file if it has so many slots; a smaller one is made again in no time."""

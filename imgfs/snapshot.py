@@ -18,7 +18,9 @@ from imgfs.disk import Disk
 from imgfs.errors import Busy, Damaged, DiskFailure, Exists, InvalidArgument, StoreFull, disk_error
 from imgfs.format import NEEDLES_START
 from imgfs.index import index_paths
+from imgfs.layout import SLOTS_MAX
 from imgfs.opening import LOCK, STAGING, SUPERBLOCK, find_store
+from imgfs.settings import Settings
 from imgfs.store import Store
 from imgfs.superblock import pack_superblock
 from imgfs.volume import Gap, Volume
@@ -165,7 +167,8 @@ def _empty(path: str, disk: Disk) -> None:
 
 def _open_once(path: str, disk: Disk, watcher: Watcher) -> None:
     """Open the copy as the next daemon would: a torn end is left out, the index is right, and all of it durable."""
-    with Store.open(path, disk=disk) as store:
+    # A kept table would make every backup larger; whoever mounts it once has one.
+    with Store.open(path, disk=disk, settings=Settings(saved_slots_min=SLOTS_MAX + 1)) as store:
         watcher.opened(store)
 
 

@@ -31,6 +31,7 @@ from imgfs.reclaim import Limits, Reclaimer
 from imgfs.records import Record
 from imgfs.requests import NOBODY, Request
 from imgfs.retention import emptied_ns
+from imgfs.saved_table import save_table
 from imgfs.settings import Settings
 from imgfs.staging import DIRTY, Staged
 from imgfs.survey import Damage
@@ -62,18 +63,20 @@ class Store(Xattrs):
         *,
         writable: bool = True,
         as_of_ns: int | None = None,
+        saved: bool = True,
         disk: Disk | None = None,
         settings: Settings | None = None,
     ) -> Self:
         """Open the store at *path*; `report` tells what recovery found.
 
-        With *as_of_ns*, in ns since 1970, it is as it was then; this needs *writable* to be false.
+        With *as_of_ns*, in ns since 1970, it is as it was then; this needs *writable* to be false. Without *saved* a
+        table that the last stop has kept is verified, and not believed.
 
         Raises:
             NoStore, NotFound, NewerFormat, Busy, DiskFailure, StoreFull: as `opening.open_parts`.
         """
         disk = disk or Disk()
-        parts = open_parts(path, disk, settings, writable=writable, as_of_ns=as_of_ns)
+        parts = open_parts(path, disk, settings, writable=writable, as_of_ns=as_of_ns, saved=saved)
         store = cls(path, disk, parts)
         if writable:
             store._staging.clear()
@@ -181,11 +184,12 @@ class Store(Xattrs):
         self._images.end_staging(inode)
 
     def close(self) -> None:
-        """Make everything durable that was closed, write a checkpoint, and let go of the store."""
+        """Make everything durable that was closed, write a checkpoint, keep the table, and let go of the store."""
         try:
             if self._log is not None:
                 self.roll_forward()
                 self._log.sync(final=True)
+                save_table(self._disk, self.path, self._table, self.superblock.store_id, self._volumes, self.settings)
         finally:
             self.leave()
 

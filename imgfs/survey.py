@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from imgfs.format import FLAG_PAIR, Needle
+from imgfs.saved_format import SAVED_TABLE
 from imgfs.volume import Gap, Volume
 from imgfs.volumes import VOLUMES
 
@@ -23,7 +24,7 @@ class Damage:
     length: int
     text: str
     inode: int = 0
-    suffix: str = ".vol"  # of the file; with volume 0 it is the superblock
+    suffix: str = ".vol"  # of the file; with volume 0 it is the superblock, or that of the kept table
     readable: bool = False  # what the image holds is whole all the same
     needed: bool = True  # by an image, or nobody knows
 
@@ -36,11 +37,17 @@ class Damage:
     @property
     def file(self) -> str:
         """The file it is in, from the top of the store."""
+        if self.suffix == SAVED_TABLE:
+            return SAVED_TABLE
         return f"{VOLUMES}/{self.volume:08d}{self.suffix}" if self.volume else "imgfs.json"
 
     def __str__(self) -> str:
         image = f", inode {self.inode:#x}" if self.inode else ""
         return f"{self.place}, {self.length} bytes{image}: {self.text}"
+
+
+# More than this no start replays, but for one without an index.
+_KEPT_MAX = 1 << 17
 
 
 class Survey:
@@ -59,13 +66,19 @@ class Survey:
         self.next_sequence = 0
         self.torn_bytes = self.torn_needles = 0
         self.damage: list[Damage] = []
+        # What the look for the highest mark has found, unless that is too much to keep.
+        self._seen: list[tuple[int, Needle] | Gap] | None = None
         if not all_durable:
-            marks = (item[1].durable for item in volume.scan(start, size) if not isinstance(item, Gap))
-            self.durable = max(marks, default=0)
+            items = volume.scan(start, size)
+            self._seen = list(itertools.islice(items, _KEPT_MAX))
+            self.durable = max(_highest_mark(self._seen), _highest_mark(items))
+            if len(self._seen) == _KEPT_MAX:
+                self._seen = None
 
     def needles(self) -> Iterator[tuple[int, Needle]]:
         """Yield (offset, needle) for each good one; the attributes hold when it has ended."""
-        items = self._volume.scan(self._start, self._size)
+        items = self._volume.scan(self._start, self._size) if self._seen is None else iter(self._seen)
+        self._seen = None
         first: list[tuple[int, Needle]] = []  # of a pair whose second has not come yet
         for item in items:
             end = self._end_at(item)
@@ -109,3 +122,8 @@ class Survey:
         text = "no image can be recognised here"
         self.damage.append(Damage(self._volume.header.volume_id, item.start, end - item.start, text))
         return end if end < item.end else None
+
+
+def _highest_mark(items: Iterable[tuple[int, Needle] | Gap]) -> int:
+    """Return the highest durable mark of the needles among *items*, 0 without any."""
+    return max((item[1].durable for item in items if not isinstance(item, Gap)), default=0)

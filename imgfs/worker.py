@@ -15,7 +15,7 @@ import trio
 from imgfs.acts import Acts, Manner
 from imgfs.board import Board
 from imgfs.calls import Calls
-from imgfs.desk import Desk, TrialPassed, at_desk
+from imgfs.desk import PYFUSE3_TASKS_MAX, Desk, TrialPassed, at_desk
 from imgfs.device import Device
 from imgfs.errors import MountFailed
 from imgfs.express import Express
@@ -23,9 +23,6 @@ from imgfs.fs import Filesystem
 from imgfs.gate import Gate
 from imgfs.store import Store
 
-# pyfuse3 starts so many tasks when all others are busy, and ends none: rows are given to them for good, and a buffer of
-# a MiB each.
-_TASKS_MAX = 64
 BEAT_S = 0.5
 
 
@@ -47,9 +44,9 @@ def work(number: int, common: Common) -> None:
     desk.install()
     acts, calls = Acts(store, common.manner), Calls(store, desk)
     filesystem = at_desk(desk, Filesystem(store, desk, acts, calls))
-    desk.express = Express(store, acts, calls).answer
+    desk.express = Express(store, acts, calls)
     pyfuse3.init(filesystem, desk.session_path, {"default_permissions"})
-    trio.run(_serve, common.board, number)
+    trio.run(_serve, desk, common.board, number)
 
 
 def try_init(common: Common) -> None:
@@ -72,10 +69,11 @@ def try_init(common: Common) -> None:
     raise MountFailed("a worker of this release does not answer INIT")
 
 
-async def _serve(board: Board, number: int) -> None:
+async def _serve(desk: Desk, board: Board, number: int) -> None:
     async with trio.open_nursery() as nursery:
+        desk.serve_late_in(nursery)
         nursery.start_soon(_beat, board, number)
-        await pyfuse3.main(_TASKS_MAX, _TASKS_MAX)
+        await pyfuse3.main(PYFUSE3_TASKS_MAX, PYFUSE3_TASKS_MAX)
         nursery.cancel_scope.cancel()
 
 

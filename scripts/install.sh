@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install what imgfs needs: Debian packages that are missing, and a virtual environment in .venv.
-# With the argument `test` also the programs that the tests run. Make keeps a stamp: the second time nothing is done.
+# With the argument `test` also the programs that the tests run, with `bench` what `make bench` runs. Make keeps a stamp: the second time nothing is done.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -38,14 +38,25 @@ has_own_tests() {
 }
 
 if [ "${1-}" = test ]; then
-    install_packages attr fio git imagemagick inotify-tools libimage-exiftool-perl libjpeg-turbo-progs man-db nginx \
-        procps rsync sqlite3 systemd util-linux vim
+    install_packages attr bindfs fio git imagemagick inotify-tools libimage-exiftool-perl libjpeg-turbo-progs man-db \
+        nginx procps rsync sqlite3 systemd util-linux vim wrk
     # Python's own tests of files are run on a mount. Debian packs them apart from Python.
     has_own_tests || install_packages "$(
         .venv/bin/python -c 'import sys; print("libpython%d.%d-testsuite" % sys.version_info[:2])'
     )"
     has_own_tests || fail "$(.venv/bin/python -V) came without its package \`test\`, the tests of Python itself"
     touch .venv/test-ready
+    exit
+fi
+
+if [ "${1-}" = bench ]; then
+    install_packages bindfs nginx rsync util-linux wrk
+    echo "Installing what imgfs is compared with into .venv ..."
+    # A neighbour that cannot be had is a note in the results; without matplotlib there are only no plots.
+    .venv/bin/pip install --quiet --disable-pip-version-check --editable '.[bench]' ||
+        .venv/bin/pip install --quiet --disable-pip-version-check 'matplotlib>=3.8' ||
+        echo "imgfs: going on without the neighbours that PyPI has" >&2
+    touch .venv/bench-ready
     exit
 fi
 

@@ -289,6 +289,10 @@ class Workload:
         self.store.close()
         self.synced = self.acknowledged
 
+    def restart(self) -> None:
+        self.close()
+        self.open()
+
     def finish(self) -> Cut:
         """Close the store; the cut after that, at which everything is durable, is also kept."""
         self.close()

@@ -155,9 +155,9 @@ def die_at_step(marker: str) -> None:
         return run
 
     def armed_answer(answer: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **named: Any) -> Any:
             with armed():
-                return answer(*args)
+                return answer(*args, **named)
 
         return run
 

@@ -46,6 +46,13 @@ XFS_BYTES = 1024 * MIB
 # Small, so that some photos fill several volumes.
 SETTINGS = Settings(volume_bytes_max=8 * MIB)
 EXPECTED_LOG = (r"mounted at /\S+", r"SIG(TERM|INT): stopping")
+# What is said when workers are killed.
+WORKER_DIED = r"worker \d+ \(process \d+\) (died of SIG\w+|ended with code \d+), with .*"
+WORKER_DEATHS = (
+    WORKER_DIED,
+    r"worker \d+ \(process \d+\) is killed: it (held the gate|took too long to answer .*), with .*",
+    r"\d+ of \d+ workers replaced in \d+ ms",
+)
 
 
 def wait_until(condition: Callable[[], object], what: str, *, process: subprocess.Popen[bytes] | None = None) -> None:

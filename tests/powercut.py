@@ -233,6 +233,11 @@ class SimulatedDisk(Disk):
     def read_resident(self, file: int, offset: int, size: int) -> bytearray:
         return bytearray(self.read(file, offset, size, nowait=True))
 
+    def read_into(self, file: int, offset: int, buffer: memoryview) -> int:
+        data = self.read(file, offset, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def write(self, file: int, offset: int, buffers: Sequence[Buffer]) -> None:
         fault = self._fault("write")
         data = b"".join(buffers)

@@ -5,6 +5,7 @@ IMGFS_SOAK=n tries n times as many random survivors, and crashes in every recove
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -25,9 +26,10 @@ from crash_model import (
 from powercut import SimulatedDisk
 from snapshots import Snapshot, assert_same, plain, read_image, snapshot
 from survivors import EVERYTHING, NOTHING_UNSYNCED, STRATEGIES, Survivor, by_path, random_survivor
-from workloads import large_images, many_at_once, names_and_attributes, random_operations, small_images
+from workloads import large_images, many_at_once, names_and_attributes, random_operations, restarts, small_images
 
 from imgfs.format import Kind
+from imgfs.saved_format import SAVED_TABLE
 from imgfs.settings import Settings
 from imgfs.store import ROOT, make_store
 
@@ -190,6 +192,27 @@ def test_power_cut_before_every_step_with_many_at_once(clock: Clock) -> None:
     assert len([path for path in work.disk.paths() if path.endswith(".vol")]) >= 2
     assert max(cut.in_hand for cut in work.cuts) >= 10
     assert cut_power(work, clock, SEEDS) > len(work.cuts)
+
+
+def run_restarts(clock: Clock) -> Workload:
+    """Stops keep the table and starts believe it."""
+    work = run(clock, restarts, replace(SETTINGS, saved_slots_min=1))
+    kept = [cut for cut in work.cuts if f"{STORE}/{SAVED_TABLE}" in cut.disk.paths()]
+    used = [cut for cut in kept if cut.what == f"unlink {STORE}/{SAVED_TABLE}"]
+    assert len(used) == 5, "each start should find the table that the stop before it has kept"
+    for cut in used:
+        with open_store(cut.disk.after_kill(), work.settings, writable=False) as store:
+            assert store.report.replayed_needles == 0, "it should believe it"
+    return work
+
+
+def test_power_cut_before_every_step_of_keeping_and_using_the_table(clock: Clock) -> None:
+    work = run_restarts(clock)
+    assert cut_power(work, clock, SEEDS) > len(work.cuts)
+
+
+def test_kill_before_every_step_of_keeping_and_using_the_table(clock: Clock) -> None:
+    kill(run_restarts(clock), clock)
 
 
 def run_random(clock: Clock, seed: int) -> Workload:

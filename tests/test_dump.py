@@ -229,7 +229,10 @@ def test_several_files_come_in_order_also_when_one_is_none(filled: Path, photos:
     photo = next(photos.glob("*/*.jpg"))
     done = run("dump", filled / "lock", photo, filled / "imgfs.json")
     assert done.code == EXIT_FAILURE
-    assert done.err == f"imgfs: {photo} is no volume, index, names, superblock, lock, list or attributes of a store\n"
+    assert (
+        done.err
+        == f"imgfs: {photo} is no volume, index, names, table, superblock, lock, list or attributes of a store\n"
+    )
     kinds = [fields["kind"] for word, fields in map(parse, done.out.splitlines()) if word == "file"]
     assert kinds == ["lock", "superblock"]
 

@@ -1,6 +1,7 @@
 """What is answered on the spot is what pyfuse3's handlers answer; what cannot be is left to them, undone."""
 
 import os
+import signal
 import stat
 import struct
 import threading
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mounted import Mounted
+from mounted import WORKER_DEATHS, Mounted
 from stores import TINY, content, disk_of, names, new_store, put
 
 from imgfs.acts import Acts, Manner
@@ -16,6 +17,8 @@ from imgfs.board import Board
 from imgfs.calls import INLINE_BYTES, Calls
 from imgfs.desk import Desk
 from imgfs.device import DEVICE, Device
+from imgfs.disk import WouldBlock
+from imgfs.errors import EXIT_DAMAGED
 from imgfs.express import Express
 from imgfs.gate import Gate, make_gate
 from imgfs.replies import Reply
@@ -46,7 +49,11 @@ class Door:
 
     def ask(self, opcode: int, node: int, body: bytes) -> Reply | None:
         head = (IN_HEADER.size + len(body), opcode, 7, node, 1000, 100, PID, 0, 0)
-        reply = self._express.answer(head, memoryview(IN_HEADER.pack(*head) + body), ROW)
+        try:
+            reply = self._express.answer(head, memoryview(IN_HEADER.pack(*head) + body), ROW)
+        except WouldBlock:
+            assert opcode in (Opcode.LOOKUP, Opcode.OPEN, Opcode.READ, Opcode.READDIRPLUS)
+            return None
         if reply is not None:
             assert OUT_HEADER.unpack_from(reply[0]) == (sum(map(len, reply)), 0, 7)
         return reply
@@ -234,3 +241,56 @@ def test_pyfuse3_answers_the_same(stopped: Mounted) -> None:
     stopped.stop()
     stopped.start("timeout=0", fault=("never-at-once", ""))
     assert use(stopped.point) == at_once
+
+
+@pytest.mark.mount
+@pytest.mark.root
+def test_what_the_disk_has_to_give_is_answered_once_though_workers_die(stopped: Mounted) -> None:
+    images = {f"{number:03d}": bytes([number]) * (1000 * number + 1) for number in range(60)}
+    stopped.expected_log += WORKER_DEATHS
+    stopped.start("workers=2,timeout=0")
+    for name, data in images.items():
+        (stopped.point / name).write_bytes(data)
+    os.sync()
+    wrong: list[str] = []
+
+    def read(chosen: list[str]) -> None:
+        wrong.extend(name for name in chosen if (stopped.point / name).read_bytes() != images[name])
+
+    for _ in range(8):
+        _let_go(stopped.store)
+        readers = [threading.Thread(target=read, args=(list(images)[first::4],)) for first in range(4)]
+        for reader in readers:
+            reader.start()
+        for pid in stopped.children("worker"):
+            os.kill(pid, signal.SIGKILL)
+        for reader in readers:
+            reader.join(60)
+            assert not reader.is_alive()
+    assert wrong == []
+
+
+@pytest.mark.mount
+@pytest.mark.root
+def test_damage_that_the_disk_gives_later_is_an_error(mounted: Mounted) -> None:
+    (mounted.point / "image").write_bytes(b"some bytes" * 500)
+    mounted.stop()
+    (volume,) = (mounted.store / "volumes").glob("*.vol")
+    with open(volume, "r+b") as file:
+        file.seek(volume.read_bytes().index(b"some bytes") + 2000)
+        file.write(b"\xff")
+    mounted.start()
+    _let_go(mounted.store)
+    mounted.expected_log.append(r"open: volume 1, offset \d+, inode 0x2: the data of this image is damaged")
+    mounted.check_code = EXIT_DAMAGED
+    for _ in range(2):  # the second time from memory, by pyfuse3's handler
+        with pytest.raises(OSError, match="Input/output error"):
+            (mounted.point / "image").read_bytes()
+
+
+def _let_go(store: Path) -> None:
+    """Let nothing of the volumes of *store* be in memory."""
+    for path in (store / "volumes").iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from imgfs import format as disk_format
-from imgfs import layout, load
+from imgfs import layout, load, saved_format
 from imgfs.disk import Disk
 from imgfs.format import (
     IndexState,
@@ -73,7 +73,7 @@ DOCUMENTED = documented()
 
 
 def declared(name: str) -> struct.Struct:
-    value = getattr(disk_format, name, None) or getattr(layout, name)
+    (value,) = {found for module in (disk_format, saved_format, layout) if (found := vars(module).get(name))}
     assert isinstance(value, struct.Struct)
     return value
 
@@ -111,6 +111,8 @@ def test_offsets_sizes_types_and_total_are_those_of_the_struct(title: str) -> No
         ("NEEDLE_HEADER + CHECKSUM", [*disk_format.NEEDLE_HEADER_FIELDS, "reserved", "checksum"]),
         ("FOOTER", list(disk_format.FOOTER_FIELDS)),
         ("NAMES_HEADER", list(disk_format.NAMES_HEADER_FIELDS)),
+        ("SAVED_HEADER + SAVED_SUM", [*saved_format.SAVED_HEADER_FIELDS, "checksum"]),
+        ("SAVED_VOLUME", list(saved_format.SAVED_VOLUME_FIELDS)),
     ],
 )
 def test_fields_have_the_names_of_the_code(title: str, names: list[str]) -> None:
@@ -139,7 +141,8 @@ def test_numpy_loads_the_same_records() -> None:
 
 
 def test_every_struct_on_disk_has_a_table() -> None:
-    public = {n for n, value in vars(disk_format).items() if isinstance(value, struct.Struct) and n[0] != "_"}
+    ours = vars(disk_format) | {n: value for n, value in vars(saved_format).items() if n.startswith("SAVED_")}
+    public = {n for n, value in ours.items() if isinstance(value, struct.Struct) and n[0] != "_"}
     assert public <= {name for title in DOCUMENTED for name in title.split(" + ")}
 
 
@@ -155,7 +158,8 @@ def test_kinds_and_tags_are_those_of_the_code() -> None:
 
 def test_magic_numbers_and_places_are_those_of_the_code() -> None:
     text = "\n".join(LINES)
-    for magic in (disk_format.VOLUME_MAGIC, disk_format.NAMES_MAGIC, struct.pack("<I", disk_format.NEEDLE_MAGIC)):
+    numbered = struct.pack("<I", disk_format.NEEDLE_MAGIC)
+    for magic in (disk_format.VOLUME_MAGIC, disk_format.NAMES_MAGIC, saved_format.SAVED_MAGIC, numbered):
         assert f"`{magic.decode()}`" in text
     assert f"0x{disk_format.NEEDLE_MAGIC:08X}" in text
     first, second = disk_format.VOLUME_HEADER_COPIES

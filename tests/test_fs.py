@@ -127,6 +127,27 @@ async def test_those_who_come_during_a_sync_share_the_next() -> None:
     assert syncs.started == 2
 
 
+async def test_who_was_served_and_comes_back_at_once_shares_the_next_with_those_who_waited() -> None:
+    syncs = Syncs()
+    group = GroupSync(syncs)
+
+    async def come_twice() -> None:
+        await group.wait()
+        for _ in range(3):
+            await trio.lowlevel.checkpoint()
+        await group.wait()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(come_twice)
+        await syncs.wait_for_begin()
+        for _ in range(3):
+            nursery.start_soon(group.wait)
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(0.005)  # half of what a run takes is how long the next one waits
+        syncs.let_go(3)
+    assert syncs.started == 2, "without that there are three: one for the others in between"
+
+
 async def test_a_failed_sync_fails_for_all_it_was_for_and_for_nobody_else() -> None:
     syncs = Syncs()
     syncs.error = OSError(errno.EIO, "lost")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from clients import Load
 from mount_load import check_image, image
-from mounted import PROJECT, Mounted, XfsDisk, imgfs, wait_until
+from mounted import PROJECT, WORKER_DEATHS, Mounted, XfsDisk, imgfs, wait_until
 from web_server import Nginx
 
 from imgfs.errors import EXIT_BUSY, EXIT_FAILURE, EXIT_NO_SPACE, EXIT_OK
@@ -29,12 +29,7 @@ pytestmark = [pytest.mark.mount, pytest.mark.root]
 
 NOW = "allow_other,retention=0"
 COMPACTED = r"compacted \d+ volumes? into volume \d+: \d+ bytes copied, -?\d+ freed"
-DEATHS = [
-    r"worker \d+ \(process \d+\) died of SIGKILL, with .*",
-    r"worker \d+ \(process \d+\) is killed: it (held the gate|took too long to answer .*), with .*",
-    r"\d+ of \d+ workers replaced in \d+ ms",
-    r"the maintenance process \(\d+\) died of SIGKILL; starting another",
-]
+DEATHS = (*WORKER_DEATHS, r"the maintenance process \(\d+\) died of SIGKILL; starting another")
 LOAD_S = 4.0
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from clients import Load
 from mount_load import image
-from mounted import PROJECT, Mounted, children_of, imgfs, wait_until
+from mounted import PROJECT, WORKER_DEATHS, Mounted, children_of, imgfs, wait_until
 from web_server import Nginx
 
 from imgfs import mountpoint
@@ -31,10 +31,6 @@ LOAD_S = 60.0 * SOAK or 10.0
 
 pytestmark = [pytest.mark.mount, pytest.mark.root, pytest.mark.timeout(240 + 4 * LOAD_S)]
 
-DIED = r"worker \d+ \(process \d+\) (died of SIG\w+|ended with code \d+), with .*"
-IN_THE_WAY = r"worker \d+ \(process \d+\) is killed: it (held the gate|took too long to answer .*), with .*"
-REPLACED = r"\d+ of \d+ workers replaced in \d+ ms"
-DEATHS = [DIED, IN_THE_WAY, REPLACED]
 STANDSTILL = (
     r"worker \d+ \(process \d+\) (stands still and holds the gate; it is \w+|was stopped by a signal; it is killed)"
 )
@@ -44,7 +40,7 @@ TAKEN_OVER = [r"SIGHUP: trying the installed release", r"the installed release t
 
 @pytest.fixture(autouse=True)
 def _deaths_are_expected(stopped: Mounted) -> None:
-    stopped.expected_log += DEATHS
+    stopped.expected_log += WORKER_DEATHS
 
 
 # -- under load -------------------------------------------------------------------------------------------------------
@@ -435,7 +431,8 @@ def test_the_grace_is_an_option(stopped: Mounted) -> None:
     reading = os.open(stopped.point / "image", os.O_RDONLY)
     stopped.terminate()
     with pytest.raises(OSError, match="not connected"):
-        os.close(reading)
+        os.fsync(reading)
+    os.close(reading)
     assert mountpoint.find(str(stopped.point)) is None
 
 

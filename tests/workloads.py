@@ -64,6 +64,25 @@ def small_images(work: Workload) -> None:
     work.unlink(b"/a/\xff\xfe \n")
 
 
+def restarts(work: Workload) -> None:
+    """Clean stops and starts, with changes that come first, last, and not at all in between."""
+    work.mkdir(b"/a")
+    work.create(b"/a/one", photo(3000, 1), attributes=((b"user.a", b"b"),))
+    work.link(b"/a/one", b"/two")
+    work.restart()
+    work.restart()
+    work.unlink(b"/a/one")
+    work.restart()
+    work.put(b"/large", photo(40_000, 2))
+    work.put(b"/larger", photo(40_000, 3))  # in a volume of its own
+    work.restart()
+    work.create(b"/a/three", photo(500, 4))
+    work.sync()
+    work.rename(b"/large", b"/a/one")
+    work.restart()
+    work.set_attr(b"/two", mtime_ns=5)
+
+
 def large_images(work: Workload) -> None:
     """Images above 1 MiB, which are written in pieces and alone may be larger than a volume."""
     mib = 1 << 20

@@ -177,8 +177,9 @@ def empty_command(store_path: str, age_ns: int, yes: bool) -> None:
     with _open_trash(store_path, None) as (_, trash):
         images = [gone for gone in trash if gone.kind != Kind.DIRECTORY and gone.went_ns <= until_ns]
     size = binary_size(sum(gone.size for gone in images))
-    if not yes:
-        click.confirm(f"Give up {counted(len(images), 'image')} ({size}) for good?", abort=True, err=True)
+    if not yes and not click.confirm(f"Give up {counted(len(images), 'image')} ({size}) for good?", err=True):
+        echo("nothing was given up")
+        click.get_current_context().exit(EXIT_FAILURE)
     empty(Disk(), store_path, until_ns)
     echo(f"gave up {counted(len(images), 'image')} ({size})")
 

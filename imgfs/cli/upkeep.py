@@ -140,14 +140,14 @@ def _agreed(text: str) -> bool:
 def _open_to_check(path: str) -> Store:
     """Open the store for writing, so that it can be repaired; for reading where that cannot be."""
     try:
-        return Store.open(path)
+        return Store.open(path, saved=False)
     except Busy:
         pass
     except DiskFailure as error:
         cause = error.__cause__
         if not isinstance(cause, OSError) or cause.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-    return Store.open(path, writable=False)
+    return Store.open(path, writable=False, saved=False)
 
 
 def _check(store: Store, *, quiet: bool, note: bool = True) -> int:
