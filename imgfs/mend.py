@@ -22,6 +22,8 @@ from imgfs.table import Table
 from imgfs.volumes import Volumes
 
 ROOT = inode_of(0, 0)
+# What gives a name or takes one away.
+_NAMING = PUT_KINDS | {Kind.RENAME, Kind.DELETE}
 
 
 class Mended(NamedTuple):
@@ -53,6 +55,8 @@ class Mender:
         self.rejected = False
         # Of inodes that are not there, or not yet: where their extended attributes lie, and how many bytes.
         self._unclaimed: dict[int, tuple[Place, int]] = {}
+        # Inodes whose last name was given in what is no directory: they have none until `mend`.
+        self._unplaced: set[int] = set()
 
     # -- while needles are replayed -------------------------------------------------------------------------
 
@@ -78,6 +82,11 @@ class Mender:
             if not self._table.knows(needle.inode):
                 self._unclaimed[needle.inode] = place, needle.data_size
 
+    def note_names(self, needle: Needle) -> None:
+        """Forget of what *needle* names, or takes the name of, that its name before could not be given."""
+        if self._unplaced and needle.kind in _NAMING:
+            self._unplaced -= {needle.inode, needle.extra_u64(Tag.REPLACED)}
+
     def find_directory(self, inode: int, *, of: int) -> None:
         """Make sure that there is a directory *inode*, in which *of* lies: one that was lost is /lost+found-INODE."""
         if self._table.is_directory(slot_of(inode)) or of == ROOT or self.is_taken(inode):
@@ -98,6 +107,7 @@ class Mender:
     def without_directory(self, needle: Needle) -> list[Needle]:
         """Return what there is to do of *needle*, which names an entry of what is no directory: all but that."""
         self.rejected = True
+        self._unplaced.add(needle.inode)
         if needle.kind != Kind.RENAME:
             return [replace(needle, parent=0, name=b"")]
         told = [Needle(Kind.DELETE, needle.inode, ctime_ns=needle.ctime_ns, flags=FLAG_BARE)]
@@ -136,6 +146,7 @@ class Mender:
             self.link_again(slot)
         self._settle_links()
         self._find_directories(stray_slots(memory))
+        self._place_linked()
         for slot in ring_slots(memory):
             self._rescue(slot, "it lay in itself")
         self._part_twins()
@@ -166,6 +177,13 @@ class Mender:
             self.find_directory(inode_of(record.parent - 1, generation), of=inode_of(slot, record.generation))
             with table.memory.change():
                 table.adopt(slot)
+
+    def _place_linked(self) -> None:
+        """Give what still has links a name of its own, too, where its last could not be given: the next start would."""
+        for inode in sorted(self._unplaced):
+            record = self._table.record(slot_of(inode))
+            if record.live and record.generation == inode >> 32 and not record.parent:
+                self._rescue(slot_of(inode), "its directory is none")
 
     def _name(self, slot: int) -> bytes:
         """Return the name of what is in *slot*, nothing if it has none or that cannot be read."""

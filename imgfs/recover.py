@@ -456,6 +456,7 @@ class Recovery:
             for inode in (needle.inode, needle.extra_u64(Tag.REPLACED), needle.extra_u64(Tag.TARGET)):
                 self.mender.link_again(slot_of(inode))
         self.mender.note_xattrs(needle, place)
+        self.mender.note_names(needle)
         told = [needle]
         if named and self.mender.is_taken(needle.parent):
             told = self.mender.without_directory(needle)

@@ -6,14 +6,16 @@ Each time no other image is lost, and no bytes are taken for what they are not.
 from collections.abc import Iterator
 
 import pytest
+from crafted import PATH, Crafted
+from crafted import SETTINGS as CRAFTED
 from crash_model import VOLUMES, Clock, Workload, open_store, photo, recovered, without_index
 from damage_model import LOST, SOAK, Sample, check_one_lost, closed_store, killed_store, random_store, sample_of
 from powercut import SimulatedDisk
 from snapshots import assert_same, snapshot
 
-from imgfs.format import NEEDLES_START, PUT_KINDS, Kind, slot_of
+from imgfs.format import FLAG_BARE, NEEDLES_START, PUT_KINDS, Kind, inode_of, slot_of
 from imgfs.settings import Settings
-from imgfs.store import ROOT
+from imgfs.store import ROOT, Store
 
 SEEDS = 10 if SOAK else 2
 LOST_PATH = b"/" + LOST
@@ -382,3 +384,44 @@ def test_an_own_name_that_should_be_gone(clock: Clock, ending: str) -> None:
             seen = snapshot(store)
         assert seen.keys() == sample.wanted.keys()
         assert seen[b"/a"].data == b"more bytes"
+
+
+@pytest.mark.parametrize("ending", ["replayed", "checkpointed", "loaded"])
+@pytest.mark.parametrize("how", ["put", "put again", "renamed", "its name went", "it was replaced", "it was moved"])
+def test_an_own_name_in_a_directory_whose_slot_another_has(ending: str, how: str) -> None:
+    """Lost are the end of an image and the directory that came into its slot; what lay in it has further names.
+
+    Every start shows the same, whether it takes needles one by one or all at once.
+    """
+    craft = Crafted()
+    before, directory, inode, other = 2, inode_of(1, 1), 3, 5
+    craft.file(before, ROOT, b"before", b"had the slot")
+    craft.file(inode, ROOT if how == "renamed" else directory, b"own", b"bytes")
+    craft.link(4, ROOT, b"link", inode)
+    if how == "put again":
+        craft.file(inode, directory, b"own", b"other bytes")
+    elif how == "renamed":
+        craft.rename(inode, directory, b"own")
+    elif how == "its name went":
+        craft.delete(inode, FLAG_BARE)
+    elif how == "it was replaced":
+        craft.file(other, ROOT, b"other", b"other bytes")
+        craft.rename(other, ROOT, b"elsewhere", replaced=inode, flags=FLAG_BARE)
+    elif how == "it was moved":
+        craft.rename(inode, ROOT, b"own")
+    disk = craft.finish(ending)
+    with Store.open(PATH, disk=disk, settings=CRAFTED, writable=False) as store:
+        read_only = snapshot(store)
+    seen = []
+    for _ in range(3):
+        with Store.open(PATH, disk=disk, settings=CRAFTED) as store:
+            seen.append(snapshot(store))
+    assert read_only.keys() == seen[0].keys() == seen[1].keys() == seen[2].keys()
+    data = b"other bytes" if how == "put again" else b"bytes"
+    found = sorted(path for path, node in seen[0].items() if node.inode == inode)
+    assert [seen[0][path].data for path in found] == [data] * len(found)
+    assert seen[0][b"/before"].data == b"had the slot"
+    if how.startswith("it"):
+        assert found == ([b"/link", b"/own"] if how == "it was moved" else [b"/link"])
+    else:
+        assert found == [b"/link", LOST_PATH + b"%d" % inode]
