@@ -46,6 +46,8 @@ _IN_A_ROW = 32
 # asks alone has one worker's attention, and two that both wake for it are slower than one.
 _NAP_S = 0.001
 _NAPS_MAX = 4
+# Whoever holds the gate reads, which takes microseconds: so often it is asked for again at once.
+_MISSES_MAX = 8
 # pyfuse3 starts so many tasks when all others are busy, and ends none: rows are given to them for good, and a buffer of
 # a MiB each.
 PYFUSE3_TASKS_MAX = 64
@@ -369,13 +371,15 @@ class Desk:
         """Answer requests until one is not for us, or none comes: the first within *patience_ms*."""
         seat = self._seats[trio.lowlevel.current_task()]
         requests, post, buffer = self._requests, self._post, self._buffer
+        misses = 0
         while self._in_a_row < _IN_A_ROW:
             self._in_a_row += 1
             if not self._watch(patience_ms):
                 return _Came.NOTHING
             if not self._try_gate():
-                if self._board.paused:
-                    return _Came.NOTHING
+                misses += 1
+                if self._board.paused or misses > _MISSES_MAX:
+                    return _Came.NOTHING  # who holds the gate may have been stopped
                 continue
             try:
                 size = self._read()
