@@ -102,7 +102,6 @@ class Calls:
         finally:
             store.unlock()
 
-
     def _try_lock(self) -> bool:
         """Lock the store if nobody holds it for longer than it takes to begin or end a sync."""
         tries = _LOCK_TRIES
