@@ -9,6 +9,7 @@ import logging
 import logging.handlers
 import os
 import sys
+from typing import TextIO
 
 from imgfs.errors import MountFailed
 
@@ -26,9 +27,17 @@ class _JournalFormatter(logging.Formatter):
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).split("\n"))
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is now, not to what it was when this was made."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def to_stderr() -> None:
     """Log to standard error, with priorities if the journal reads it."""
-    handler = logging.StreamHandler()
+    handler = _StderrHandler()
     if _is_journal(sys.stderr.fileno()):
         handler.setFormatter(_JournalFormatter("%(message)s"))
     else:

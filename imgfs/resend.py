@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 # What a death says of each request that was in hand: a worker that crashed did so for a reason, as did one for which
 # there was no memory; one that somebody sent SIGKILL was just chosen. With so much blame a request is not handed to
 # another worker.
-CRASH_BLAME = 10
+CRASH_BLAME = 100
 KILL_BLAME = 1
 BLAME_MAX = 2 * CRASH_BLAME
 

@@ -102,6 +102,8 @@ def test_tiny_bench(name: str, site: Path, tmp_path: Path) -> None:
         if target.bench != name or ("capped" in target.row and uncapped):
             continue
         row = target.find(found)
+        if row is None and found["parameters"].get("disturbed"):
+            continue  # somebody had the kernel forget what it knew, and what that cost does not count
         assert row is not None, target
         if set(target.against) & {"XFS", *others}:
             assert target.measured(found), target
