@@ -106,20 +106,18 @@ class Device:
     def queued(self, bytes_max: int) -> Iterator[memoryview]:
         """Read the requests that wait, until none is left; each is overwritten by the next. The gate is held."""
         buffer = memoryview(bytearray(bytes_max))
+        # For good: workers read like this too, and one that comes second must not wait, with the gate in its hands.
         os.set_blocking(self.descriptor, False)
-        try:
-            while True:
-                try:
-                    size = os.readv(self.descriptor, [buffer])
-                except OSError as error:
-                    if error.errno in (errno.ENOENT, errno.EINTR):
-                        continue  # the caller gave up while its request was read
-                    if error.errno in (errno.EAGAIN, errno.ENODEV):
-                        return
-                    raise
-                yield buffer[:size]
-        finally:
-            os.set_blocking(self.descriptor, True)
+        while True:
+            try:
+                size = os.readv(self.descriptor, [buffer])
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.EINTR):
+                    continue  # the caller gave up while its request was read
+                if error.errno in (errno.EAGAIN, errno.ENODEV):
+                    return
+                raise
+            yield buffer[:size]
 
 
 def _first_request(descriptor: int) -> bytes:
