@@ -35,14 +35,14 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
-def to_stderr() -> None:
-    """Log to standard error, with priorities if the journal reads it."""
+def to_stderr(level: int = logging.INFO) -> None:
+    """Log what is as important as *level* to standard error, with priorities if the journal reads it."""
     handler = _StderrHandler()
-    if _is_journal(sys.stderr.fileno()):
+    if sys.stderr is not None and _is_journal(sys.stderr.fileno()):  # None where it is closed
         handler.setFormatter(_JournalFormatter("%(message)s"))
     else:
         handler.setFormatter(logging.Formatter("imgfs: %(message)s"))
-    _install(handler)
+    _install(handler, level)
 
 
 def to_background(path: str | None) -> None:
@@ -77,5 +77,5 @@ def _is_journal(descriptor: int) -> bool:
     return (status.st_dev, status.st_ino) == (int(device), int(inode))
 
 
-def _install(handler: logging.Handler) -> None:
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+def _install(handler: logging.Handler, level: int = logging.INFO) -> None:
+    logging.basicConfig(level=level, handlers=[handler], force=True)

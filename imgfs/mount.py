@@ -256,6 +256,8 @@ def _log_recovery(store: Store) -> None:
         )
     for name in report.rebuilt:
         log.warning("rebuilt %s from its volume", name)
+    for text in report.renamed:
+        log.warning("%s", text)
     for damage in report.damage[:DAMAGE_NAMED]:
         log.error("damage: %s", damage)
     if len(report.damage) > DAMAGE_NAMED:

@@ -292,11 +292,16 @@ def _resume(writer: Log, tail: Tail | None, recovery: Recovery | None, table: Ta
             if table.owner_volume(index) < 0 and table.owner(index) != (0, 0, 0):
                 writer.define_owner(*table.owner(index))
         if recovery is not None:
-            _write_down(writer, recovery.mender, recovery.volumes, table)
+            recovery.report.renamed += _write_down(writer, recovery.mender, recovery.volumes, table)
 
 
-def _write_down(writer: Log, mender: Mender, volumes: Volumes, table: Table) -> None:
-    """Append the needles that say what recovery did about damage: it gave entries new names, and directories."""
+def _write_down(writer: Log, mender: Mender, volumes: Volumes, table: Table) -> list[str]:
+    """Append the needles that say what recovery did about damage: it gave entries new names, and directories.
+
+    Returns:
+        A sentence for each entry that has a new name.
+    """
+    renamed = []
     for inode in mender.lost_directories:
         record = table.record(slot_of(inode))
         if not table.is_directory(slot_of(inode)) or record.generation != inode >> 32:
@@ -308,7 +313,8 @@ def _write_down(writer: Log, mender: Mender, volumes: Volumes, table: Table) -> 
         uid, gid, mode = table.owner(record.owner)
         needle = Needle(Kind.DIRECTORY, inode, parent, name, 0, mode or 0o755, uid, gid, mtime_ns=writer.now_ns())
         writer.append(needle, [])
-        log.warning("the directory with inode %d was damaged: its entries are in /%s", inode, name.decode(*_AS_TEXT))
+        text = name.decode(*_AS_TEXT)
+        renamed.append(f"the directory with inode {inode} was damaged: its entries are in /{text}")
     for inode in mender.gone:
         if not table.record(slot_of(inode)).live:
             writer.append(Needle(Kind.DELETE, inode, ctime_ns=writer.now_ns()), [])
@@ -317,7 +323,8 @@ def _write_down(writer: Log, mender: Mender, volumes: Volumes, table: Table) -> 
         if record.live and record.generation == inode >> 32:
             name = lost_name(inode)
             writer.append(Needle(Kind.RENAME, inode, ROOT, name, ctime_ns=record.ctime_s * 1_000_000_000), [])
-            log.warning("the name of inode %d is damaged or taken: it is /%s now", inode, name.decode())
+            renamed.append(f"the name of inode {inode} is damaged or taken: it is /{name.decode()} now")
+    return renamed
 
 
 def find_store(path: str, disk: Disk) -> tuple[Superblock, bool]:

@@ -64,6 +64,7 @@ class RecoveryReport:
     damage: list[Damage] = field(default_factory=list)
     rebuilt: list[str] = field(default_factory=list)
     mended: list[Mended] = field(default_factory=list)
+    renamed: list[str] = field(default_factory=list)  # a sentence for each entry that damage cost its name
 
 
 @dataclass

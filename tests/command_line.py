@@ -4,6 +4,7 @@ Its fixtures are registered in `conftest.py`.
 """
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -30,11 +31,18 @@ Run = Callable[..., Done]
 
 @pytest.fixture
 def run(capfdbinary: pytest.CaptureFixture[bytes]) -> Run:
-    """Return a function that runs one command in this process."""
+    """Return a function that runs one command in this process, and leaves logging as it was."""
+    log = logging.getLogger()
 
     def run(*arguments: str | Path) -> Done:
         capfdbinary.readouterr()
-        code = main([str(argument) for argument in arguments])
+        level, handlers = log.level, log.handlers[:]
+        log.handlers.clear()
+        try:
+            code = main([str(argument) for argument in arguments])
+        finally:
+            log.setLevel(level)
+            log.handlers[:] = handlers
         out, err = capfdbinary.readouterr()
         return Done(code, os.fsdecode(out), os.fsdecode(err))
 

@@ -7,6 +7,7 @@ so that `imgfs --help` answers at once.
 
 import errno
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 import click
 
-from imgfs import __version__
+from imgfs import __version__, logs
 from imgfs.cli.text import complain
 from imgfs.errors import (
     EXIT_BROKEN_PIPE,
@@ -84,6 +85,7 @@ def imgfs() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; *arguments* are those behind the program's name."""
+    logs.to_stderr(logging.WARNING)
     try:
         with imgfs.make_context("imgfs", list(sys.argv[1:] if arguments is None else arguments)) as context:
             imgfs.invoke(context)

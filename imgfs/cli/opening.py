@@ -28,12 +28,14 @@ def open_store(path: str, *, writable: bool = False, as_of_ns: int | None = None
 
 
 def tell_damage(store: Store, path: str) -> None:
-    """Say on standard error what damage opening *store* has found; it is at *path*."""
+    """Say on standard error what damage opening *store* has found, and what it cost; it is at *path*."""
     damage = store.report.damage
     for item in damage[:_NAMED_MAX]:
         complain(f"damaged: {damage_line(store, item)}")
     if len(damage) > _NAMED_MAX:
         complain(f"{len(damage) - _NAMED_MAX:,} more damaged places; imgfs check {path} names them all")
+    for text in store.report.renamed:
+        complain(text)
 
 
 def damage_line(store: Store, damage: Damage) -> str:

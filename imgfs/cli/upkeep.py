@@ -100,6 +100,8 @@ def check_command(store_path: str, quiet: bool, repair: bool, dry_run: bool, yes
             complain(f"{'made anew' if store.writable else 'wrong, to be made anew at the next mount'}: {path}")
         if report.torn_bytes:
             complain(f"{report.torn_bytes:,} bytes were torn by a crash before they were durable, and are left out")
+        for text in report.renamed:
+            complain(text)
         damaged = _check(store, quiet=quiet)
         contradictions = store.contradictions()
         for text in contradictions:
@@ -199,6 +201,8 @@ def rebuild_index_command(store_path: str) -> None:
     with Store.open(store_path) as store:
         for damage in store.report.damage:
             complain(f"damaged: {damage_line(store, damage)}")
+        for text in store.report.renamed:
+            complain(text)
         counts = store.counts()
     entries = counts.images + counts.directories + counts.symlinks
     echo(f"made {counted(len(removed), 'index file')} anew for {counted(entries, 'entry')}")
