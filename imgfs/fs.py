@@ -153,7 +153,8 @@ class Filesystem(pyfuse3.Operations):
             size = store.attr(inode).size
             # Where that is its size already, truncate(2) does nothing, but ftruncate(2) moves its times.
             if size != attr.st_size or fh is not None:
-                await self._change_of(max(size, attr.st_size), store.truncate, inode, attr.st_size)
+                cut = functools.partial(store.truncate, inode, attr.st_size, at_once=fh is None)
+                await self._change_of(max(size, attr.st_size), cut)
         changes = {"mode": mode, "uid": uid, "gid": gid, "mtime_ns": mtime_ns}
         if any(value is not None for value in changes.values()):
             await self._change(functools.partial(store.set_attr, inode, **changes))

@@ -404,15 +404,20 @@ class Store(Xattrs):
         """
         return self._images.write(handle, offset, data, last_try=last_try)
 
-    def truncate(self, inode: int, size: int) -> None:
-        """Cut or extend the image *inode*; unless it is open for writing, it is flushed at once. As `write`; Stale."""
+    def truncate(self, inode: int, size: int, *, at_once: bool = False) -> None:
+        """Cut or extend the image *inode*; unless it is open for writing, it is flushed at once. As `write`; Stale.
+
+        With *at_once* it is also flushed if it is open, but nothing was written since the last flush: it may be closed
+        already, and the release on its way.
+        """
 
         def change(_: int) -> None:
             if self._images.record(inode).kind != Kind.FILE:
                 raise IsADirectory("only an image has bytes to cut")
+            whole = at_once and not self._images.dirty_bytes(inode)
             try:
                 self._images.truncate(inode, size)
-                if not self._handles.writers(inode):
+                if whole or not self._handles.writers(inode):
                     self._images.commit(inode)
             finally:
                 self._images.end_staging(inode)

@@ -101,6 +101,20 @@ def test_truncate_survives_the_daemon_without_a_close(mounted: Mounted) -> None:
     assert image.read_bytes() == b"0123"
 
 
+def test_truncate_survives_the_daemon_also_where_the_release_is_still_on_its_way(mounted: Mounted) -> None:
+    # The kernel waits for no release: as an image that is open, but has nothing that was not flushed.
+    image = mounted.point / "image"
+    file = os.open(image, os.O_WRONLY | os.O_CREAT)
+    os.write(file, b"0123456789")
+    os.fsync(file)
+    os.truncate(image, 4)
+    mounted.kill()
+    with pytest.raises(OSError, match="not connected"):
+        os.close(file)
+    mounted.start()
+    assert image.read_bytes() == b"0123"
+
+
 def test_several_images_are_written_at_once(root: Path) -> None:
     files = [open(root / f"{number}", "wb", buffering=0) for number in range(40)]  # noqa: SIM115
     for part in range(5):
