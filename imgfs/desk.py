@@ -10,8 +10,11 @@ desk reads requests itself, as long as they can be answered on the spot (express
 when there is none: a client that got its answer mostly asks on at once. A request that takes more is put into a file
 in memory, which for one read takes the place of the device that libfuse has. What libfuse answers goes to the device.
 
-*Concurrency:* one loop, one thread. A worker reads while it holds the gate, and lets go of it when the request is in
-its row. Timers and signals come at most `_IN_A_ROW` requests or moments late.
+An open that waits for the disk is tried again after some microseconds, a few times: a quick disk has the image by then,
+and to hand a request to a thread costs more than to read an image. A thread waits for what takes longer.
+
+*Concurrency:* one loop, one thread. A worker says on the board that it reads, and no more when the request is in its
+row. Timers and signals come at most `_IN_A_ROW` requests or moments late.
 """
 
 import contextlib
@@ -21,19 +24,19 @@ import os
 import select
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyfuse3
 import trio
 
 from imgfs import wire
-from imgfs.board import Board
+from imgfs.board import ANSWERED, IN_HAND, PAUSE, READING_SINCE_NS, WATCHER, Board
 from imgfs.device import Device
 from imgfs.disk import WouldBlock
 from imgfs.errors import MountFailed
-from imgfs.gate import Gate
 from imgfs.replies import Reply
 from imgfs.requests import TASKS_MAX, Request, Requests, Result
 
@@ -46,11 +49,14 @@ _IN_A_ROW = 32
 # asks alone has one worker's attention, and two that both wake for it are slower than one.
 _NAP_S = 0.001
 _NAPS_MAX = 4
-# Whoever holds the gate reads, which takes microseconds: so often it is asked for again at once.
-_MISSES_MAX = 8
 # pyfuse3 starts so many tasks when all others are busy, and ends none: rows are given to them for good, and a buffer of
 # a MiB each.
 PYFUSE3_TASKS_MAX = 64
+# A request that waits for the disk is tried again so long after it came, at twice that, and so on, so often. What takes
+# longer is for a thread.
+_LATE_NS, _LATE_TRIES = 50_000, 6
+# Descriptors that select(2) takes: it waits for less than a millisecond, as poll(2) cannot.
+_SELECTED_MAX = 1023
 # One answer to INIT, or what libfuse answers without a handler.
 _REPLY_BYTES_MAX = 1024
 
@@ -84,8 +90,26 @@ class Express(Protocol):
     def answer(self, head: wire.Head, request: memoryview, row: int) -> Reply | None:
         """Answer on the spot; None: pyfuse3 shall. Raises `WouldBlock` where `answer_late` shall."""
 
+    def ask_disk(self, head: wire.Head) -> bool:
+        """Let the disk begin to read what `answer` had to wait for; return whether it is little."""
+
     async def answer_late(self, head: wire.Head, request: bytes, row: int) -> Reply:
         """Answer when the disk has given what is asked for."""
+
+
+class _Late(NamedTuple):
+    """A request that waits for the disk."""
+
+    head: wire.Head
+    raw: bytes
+    row: int
+    since_ns: int
+    tries: int
+
+    @property
+    def due_ns(self) -> int:
+        """When it is tried again."""
+        return self.since_ns + (_LATE_NS << self.tries)
 
 
 class _Nothing:
@@ -93,6 +117,9 @@ class _Nothing:
 
     def answer(self, head: wire.Head, request: memoryview, row: int) -> Reply | None:
         return None
+
+    def ask_disk(self, head: wire.Head) -> bool:
+        return False
 
     async def answer_late(self, head: wire.Head, request: bytes, row: int) -> Reply:
         raise NotImplementedError
@@ -142,9 +169,7 @@ class _Seat:
 class Desk:
     """The requests that one worker has in hand."""
 
-    def __init__(
-        self, worker: int, device: Device, gate: Gate, board: Board, requests: Requests, *, trial: bool = False
-    ) -> None:
+    def __init__(self, worker: int, device: Device, board: Board, requests: Requests, *, trial: bool = False) -> None:
         """*trial*: answer INIT, raise `TrialPassed`, and touch nothing that is shared."""
         self.wait = _Wait()
         """Handlers that wait for a thread or a lock say so: meanwhile every task gets its turn."""
@@ -154,7 +179,6 @@ class Desk:
 
         self._trial = trial
         self._device = device
-        self._gate = gate
         self._board = board
         self._post = board.posts[worker]
         self._number = worker + 1
@@ -164,7 +188,8 @@ class Desk:
         # Rows for what is answered late; those before are for tasks of pyfuse3.
         self._free_rows = list(range(self._first_row + PYFUSE3_TASKS_MAX, self._first_row + TASKS_MAX))
         self._nursery: trio.Nursery | None = None
-        self._has_gate = False
+        self._late: deque[_Late] = deque()
+        self._late_ns = 0  # when the first of them is tried again
         self._in_a_row = 0
         self._poll = select.poll()
         # The end that libfuse takes for the device until INIT is answered, and ours.
@@ -172,6 +197,7 @@ class Desk:
         self._took_over = False
         self._fuse = -1  # the device, once INIT is answered
         self._buffer = memoryview(b"")
+        self._buffers = [self._buffer]  # as readv wants it
         # A request that pyfuse3 gets; while it has to be read, `theirs` is this file.
         self._handed = os.memfd_create("imgfs-request", os.MFD_CLOEXEC)
         self._handed_bytes = 0
@@ -182,7 +208,6 @@ class Desk:
         self._theirs.close()
         self._ours.close()
         os.close(self._handed)
-        self._gate.close()
 
     def serve_late_in(self, nursery: trio.Nursery) -> None:
         """Answer in *nursery* what has to wait for the disk."""
@@ -217,13 +242,14 @@ class Desk:
         if self._trial:
             raise TrialPassed
         self._fuse = self._device.descriptor if wire.can_resend(self._device.init) else self._device.clone()
-        # Whoever had the gate before may have read what we saw.
+        # Another worker may have read what we saw.
         os.set_blocking(self._fuse, False)
         os.dup2(self._fuse, self._theirs.fileno(), inheritable=False)
         self._ours.close()
         # A worker that is killed while the kernel copies a request into pages that are not there yet fails that
         # request, with EIO: have them there.
         self._buffer = memoryview(bytearray(b"\xff") * (wire.max_write(reply) + wire.READ_BYTES_EXTRA))
+        self._buffers = [self._buffer]
         self._poll.register(self._fuse, select.POLLIN)
         self._post.ready = True
 
@@ -321,91 +347,132 @@ class Desk:
         if seat.applied is not None:
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
 
-    # -- the gate ---------------------------------------------------------------------------------------------
-
-    def _release_gate(self) -> None:
-        self._has_gate = False
-        self._post.gate_since_ns = 0
-        self._gate.let_go()
-
-    def _try_gate(self) -> bool:
-        """Take the gate if it is free."""
-        if self._board.paused or not self._gate.try_take():
-            return False
-        self._has_gate = True
-        self._post.gate_since_ns = time.monotonic_ns()
-        return True
+    # -- reading ----------------------------------------------------------------------------------------------
 
     def _read(self) -> int:
-        """Read a request, the gate being ours; return its size, 0 if there is none for us.
+        """Read a request; return its size, 0 if there is none for us.
 
         Raises:
             OSError: ENODEV: the mount is gone.
         """
         try:
-            return os.readv(self._fuse, [self._buffer])
+            return os.readv(self._fuse, self._buffers)
         except OSError as error:
-            self._release_gate()
             # Another worker had it, or the caller gave up.
             if error.errno not in (errno.EAGAIN, errno.ENOENT):
                 raise
             return 0
 
-    async def _answer_late(self, head: wire.Head, raw: bytes, row: int) -> None:
-        self._write(await self.express.answer_late(head, raw, row))
+    # -- what waits for the disk ------------------------------------------------------------------------------
+
+    def _put_off(self, head: wire.Head, raw: memoryview, request: Request, row: int) -> bool:
+        """Put off the *request* of *row*, which has to wait for the disk; return whether that can be."""
+        if not self._free_rows or self._nursery is None:
+            return False
+        late_row = self._free_rows.pop()
+        self._requests.begin(late_row, request)
         self._requests.end(row)
-        self._free_rows.append(row)
+        late = _Late(head, bytes(raw), late_row, time.monotonic_ns(), 0)
+        if self._fuse <= _SELECTED_MAX and self.express.ask_disk(head):
+            self._late.append(late)
+            self._late_ns = min(self._late_ns, late.due_ns) if len(self._late) > 1 else late.due_ns
+        else:
+            self._nursery.start_soon(self._answer_in_thread, late)
+        return True
+
+    def _try_late(self) -> None:
+        """Answer those that the disk has meanwhile given what they wait for; who waits for long gets a thread."""
+        now_ns = time.monotonic_ns()
+        if now_ns < self._late_ns:
+            return
+        for _ in range(len(self._late)):
+            late = self._late.popleft()
+            if now_ns < late.due_ns:
+                self._late.append(late)
+                continue
+            try:
+                reply = self.express.answer(late.head, memoryview(late.raw), late.row)
+            except WouldBlock:
+                if late.tries < _LATE_TRIES:
+                    self._late.append(late._replace(tries=late.tries + 1))
+                    continue
+                reply = None
+            if reply is not None:
+                self._answer_now(late, reply)
+                self.waited(time.monotonic_ns() - late.since_ns)
+            elif self._nursery is not None:
+                self._nursery.start_soon(self._answer_in_thread, late)
+        self._late_ns = min((late.due_ns for late in self._late), default=0)
+
+    def _hand_late_to_threads(self) -> None:
+        while self._late and self._nursery is not None:
+            self._nursery.start_soon(self._answer_in_thread, self._late.popleft())
+
+    async def _answer_in_thread(self, late: _Late) -> None:
+        self._answer_now(late, await self.express.answer_late(late.head, late.raw, late.row))
+
+    def _answer_now(self, late: _Late, reply: Reply) -> None:
+        self._write(reply)
+        self._requests.end(late.row)
+        self._free_rows.append(late.row)
         self._post.gave()
 
     def _watch(self, patience_ms: int) -> bool:
         """Return whether there is a request; wait for it unless another worker does."""
-        board = self._board
-        if board.watcher not in (0, self._number):
+        words = self._board.words
+        if self._late:
+            return bool(select.select([self._fuse], (), (), max(0, self._late_ns - time.monotonic_ns()) / 1e9)[0])
+        if words[WATCHER] not in (0, self._number):
             return bool(self._poll.poll(0))
-        board.watcher = self._number
+        words[WATCHER] = self._number
         found = self._poll.poll(patience_ms)
-        board.watcher = 0
+        words[WATCHER] = 0
         return bool(found)
 
     def _serve(self, patience_ms: int) -> _Came:
         """Answer requests until one is not for us, or none comes: the first within *patience_ms*."""
         seat = self._seats[trio.lowlevel.current_task()]
-        requests, post, buffer = self._requests, self._post, self._buffer
-        misses = 0
+        row, requests, buffer, answer = seat.row, self._requests, self._buffer, self.express.answer
+        shared, ours = self._board.words, self._post.words
+        expected = False  # behind one request there mostly is another, and to poll costs as much as to read
         while self._in_a_row < _IN_A_ROW:
             self._in_a_row += 1
-            if not self._watch(patience_ms):
+            if self._late:
+                self._try_late()
+            if not expected and not self._watch(patience_ms):
+                if self._late:
+                    continue
                 return _Came.NOTHING
-            if not self._try_gate():
-                misses += 1
-                if self._board.paused or misses > _MISSES_MAX:
-                    return _Came.NOTHING  # who holds the gate may have been stopped
-                continue
+            # In this order: who shuts the gate sees that we read, or we see that it is shut.
+            ours[READING_SINCE_NS] = time.monotonic_ns()
+            if shared[PAUSE]:
+                ours[READING_SINCE_NS] = 0
+                return _Came.NOTHING
             try:
                 size = self._read()
             except OSError as error:
+                ours[READING_SINCE_NS] = 0
                 if error.errno != errno.ENODEV:
                     raise
                 return _Came.ONE_FOR_PYFUSE3  # libfuse finds out by itself
             if not size:
+                ours[READING_SINCE_NS] = 0
+                expected = False
                 continue
             raw = buffer[:size]
             head = wire.IN_HEADER.unpack_from(raw)
             if head[1] in wire.UNANSWERED:
-                self._release_gate()
+                ours[READING_SINCE_NS] = 0
                 continue
             request = wire.identify(head, raw)
-            requests.begin(seat.row, request)
-            post.took()
-            self._release_gate()
+            requests.begin(row, request)
+            ours[IN_HAND] += 1
+            ours[READING_SINCE_NS] = 0
+            expected = not self.wait.count
             try:
-                reply = self.express.answer(head, raw, seat.row)
+                reply = answer(head, raw, row)
             except WouldBlock:
-                if self._free_rows and self._nursery is not None:
-                    row = self._free_rows.pop()
-                    requests.begin(row, request)
-                    requests.end(seat.row)
-                    self._nursery.start_soon(self._answer_late, head, bytes(raw), row)
+                if self._put_off(head, raw, request, row):
                     patience_ms = 0
                     continue
                 reply = None
@@ -413,7 +480,9 @@ class Desk:
                 self._hand_over(seat, request, size)
                 return _Came.ONE_FOR_PYFUSE3
             self._write(reply)
-            self._end(seat)
+            requests.end(row)
+            ours[IN_HAND] -= 1
+            ours[ANSWERED] += 1
             patience_ms = 0 if self.wait.count else _MOMENT_MS
         return _Came.MANY
 
@@ -436,6 +505,7 @@ class Desk:
                 await trio.lowlevel.checkpoint()
                 continue
             self._in_a_row = 0
+            self._hand_late_to_threads()  # the gate is shut: they shall be answered all the same
             if self._post.answered != answered:
                 naps = 0
             if self._board.paused or 0 < naps <= _NAPS_MAX:

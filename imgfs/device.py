@@ -3,7 +3,7 @@
 Owns the descriptor that holds the mount: the mount lives as long as some process has it open. Must not know stores or
 workers.
 
-*Concurrency:* reading is for the holder of the gate only, and never waits.
+*Concurrency:* reading never waits; workers read while the gate (board.py) is open, the supervisor while it is shut.
 """
 
 import array
@@ -104,9 +104,9 @@ class Device:
         os.write(self.descriptor, wire.RESEND)
 
     def queued(self, bytes_max: int) -> Iterator[memoryview]:
-        """Read the requests that wait, until none is left; each is overwritten by the next. The gate is held."""
+        """Read the requests that wait, until none is left; each is overwritten by the next. The gate is shut."""
         buffer = memoryview(bytearray(bytes_max))
-        # For good: workers read like this too, and one that comes second must not wait, with the gate in its hands.
+        # For good: workers read like this too, and one that comes second must not wait while it says that it reads.
         os.set_blocking(self.descriptor, False)
         while True:
             try:

@@ -98,6 +98,13 @@ class Express:
             pass
         return None
 
+    def ask_disk(self, head: Head) -> bool:
+        """Let the disk begin to read what `answer` had to wait for; return whether it is little."""
+        _, opcode, _, node, *_ = head
+        if opcode == Opcode.OPEN:
+            self._store.prefetch(node)
+        return opcode == Opcode.OPEN
+
     async def answer_late(self, head: Head, request: bytes, row: int) -> Reply:
         """Answer *request*, for which `answer` has raised `WouldBlock`, when the disk has given what it asks for."""
         _, opcode, unique, node, uid, gid, thread, _, _ = head

@@ -17,7 +17,7 @@ from imgfs import mountpoint
 from imgfs.errors import Busy, MountFailed
 from imgfs.options import MountOptions
 
-# Also of what board.py and gate.py share.
+# Also of what board.py shares.
 VERSION = 1
 _MODULE = "imgfs.takeover"
 _STATUS_NAME = "imgfs-status"
@@ -45,7 +45,6 @@ class Handover:
     lock: int | None
     status: int
     board: int
-    gate: int
     workers: dict[int, int]
     """The workers of the old release, which serve until the new one is ready: number by pid."""
     maintenance: int
@@ -82,9 +81,7 @@ class Handover:
 
     def descriptors(self) -> list[int]:
         """Return those that the other release needs."""
-        return [
-            fd for fd in (self.device, self.memory, self.lock, self.status, self.board, self.gate) if fd is not None
-        ]
+        return [fd for fd in (self.device, self.memory, self.lock, self.status, self.board) if fd is not None]
 
 
 def become(state: Handover, mode: str) -> NoReturn:

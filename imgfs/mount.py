@@ -111,7 +111,7 @@ def take_over(state: Handover) -> int:
     served = _Served(
         state.store_path, state.path, state.options, state.in_background, state.device_number, state.status
     )
-    running = Running(Board(state.board), state.gate, state.workers, state.maintenance)
+    running = Running(Board(state.board), state.workers, state.maintenance)
     with Store.attach(state.store_path, state.memory, state.lock, writable=state.options.writable) as store:
         _supervise(Supervisor(_plan(store, served, device, lambda: None), device, running), device, served)
     return EXIT_OK
@@ -125,7 +125,7 @@ def try_to_take_over(state: Handover) -> None:
     """
     store = Store.attach(state.store_path, state.memory, None, writable=False)
     device = Device(state.device, state.init)
-    worker.try_init(worker.Common(store, device, state.gate, Board(state.board), _manner(state.options)))
+    worker.try_init(worker.Common(store, device, Board(state.board), _manner(state.options)))
 
 
 def _mounting(store: Store, path: str, options: MountOptions) -> Mounting:
@@ -151,8 +151,8 @@ def _plan(store: Store, served: _Served, device: Device, ready: Callable[[], Non
     manner = _manner(options)
     look_after = functools.partial(maintenance.maintain, store, maintenance.manner_of(options))
 
-    def work(number: int, board: Board, gate: int) -> None:
-        worker.work(number, worker.Common(store, device, gate, board, manner))
+    def work(number: int, board: Board) -> None:
+        worker.work(number, worker.Common(store, device, board, manner))
 
     def state(running: Running) -> Handover:
         return Handover(
@@ -165,7 +165,6 @@ def _plan(store: Store, served: _Served, device: Device, ready: Callable[[], Non
             lock=store.lock_descriptor,
             status=served.status,
             board=running.board.descriptor,
-            gate=running.gate,
             workers=running.workers,
             maintenance=running.maintenance,
             init=device.init,

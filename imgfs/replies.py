@@ -32,6 +32,7 @@ _LISTED = struct.Struct("<" + _NODE + "QQII")  # inode, position, length of the 
 # after the header: seconds, nanoseconds, padding
 _ATTRIBUTES = struct.Struct("<IiQ" + "QII" + _ATTR)
 _OPEN = struct.Struct("<QII")  # handle, flags, padding
+_OPENED = struct.Struct("<IiQ" + "QII")
 _WRITTEN = struct.Struct("<IiQ" + "II")
 _ALIGNMENT = 8
 _SELF_AND_ABOVE = (b".", b"..")
@@ -55,7 +56,7 @@ def written(unique: int, size: int) -> Reply:
 
 def opened(unique: int, handle: int, flags: int) -> Reply:
     """Answer with an open *handle*."""
-    return OUT_HEADER.pack(OUT_HEADER.size + _OPEN.size, 0, unique), _OPEN.pack(handle, flags, 0)
+    return (_OPENED.pack(_OPENED.size, 0, unique, handle, flags, 0),)
 
 
 def _attr(attr: Attr, atime_ns: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 Owns the order of the steps (docs/concurrency.md), and which requests are to blame for deaths. Must not know what
 requests do, nor how workers are started.
 
-*Concurrency:* runs in the supervisor, which holds the gate; the living have nothing in hand.
+*Concurrency:* runs in the supervisor, which has shut the gate; the living have nothing in hand.
 """
 
 import errno

@@ -20,7 +20,6 @@ from imgfs import child, handover, mountpoint, wire
 from imgfs.board import WORKERS_MAX, Board
 from imgfs.device import Device
 from imgfs.errors import EXIT_BUSY, EXIT_OK, MountFailed
-from imgfs.gate import Gate, make_gate
 from imgfs.resend import CRASH_BLAME, KILL_BLAME, Dead, Resending
 from imgfs.store import Store
 
@@ -33,9 +32,11 @@ _TICK_S = 0.25
 FIRST_ANSWER_S = 30.0
 # Workers get so long to answer what they hold before the kernel sends it again to others, and then are killed.
 _ANSWER_S = 0.1
-# Whoever holds the gate is at most polling, or reading one request.
-_GATE_S = 1.0
-# A worker that holds the gate for so long is interrupted, and killed when that did not help.
+# A worker that reads has one request to read, and to note.
+_READ_S = 1.0
+# What a processor has stored comes to be seen by the others within nanoseconds.
+_SEEN_S = 0.001
+# A worker that reads for so long is interrupted, and killed when that did not help.
 _STANDSTILL_NS = 1_000_000_000
 # A worker whose loop had no turn for so long is killed; those that wait for it meanwhile are none the wiser.
 _NO_BEAT_NS = 60_000_000_000
@@ -72,8 +73,8 @@ class Plan(NamedTuple):
     workers: int
     grace_s: float
     """How long users of the mount may go on after SIGTERM."""
-    work: Callable[[int, Board, int], None]
-    """Be the worker of that number, with that gate."""
+    work: Callable[[int, Board], None]
+    """Be the worker of that number."""
     maintain: Callable[[Board], None] | None
     """Be the maintenance process."""
     announce: Callable[[], None]
@@ -92,7 +93,6 @@ class Running(NamedTuple):
     """The processes of a mount, and what they share; another release can take them over."""
 
     board: Board
-    gate: int
     workers: dict[int, int]
     """Number by pid."""
     maintenance: int
@@ -106,17 +106,15 @@ class Supervisor:
         self._plan = plan
         self._store = plan.store
         self._device = device
-        running = taken_over or Running(Board(), make_gate(), {}, 0)
+        running = taken_over or Running(Board(), {}, 0)
         self._resending = Resending(plan.store, device)
         self._takes_over = taken_over is not None
         self._board = running.board
-        self._gate_file = running.gate
-        self._gate = Gate(self._gate_file)
         self._workers = dict(running.workers)  # pid -> number
         self._tasks: dict[int, Task] = {}
         self._maintenance = running.maintenance
         self._fruitless = 0
-        self._nudged: dict[int, tuple[int, int]] = {}  # number -> since when it held the gate, when it was interrupted
+        self._nudged: dict[int, tuple[int, int]] = {}  # number -> since when it read, when it was interrupted
         self._stopped: dict[int, int] = {}  # number -> since when it is stopped, by SIGSTOP
         self._oom_kills = child.oom_kills()
         self._stop_signals = 0
@@ -188,7 +186,7 @@ class Supervisor:
         number = next(number for number in range(WORKERS_MAX) if number not in taken)
         self._board.posts[number].clear()
         self._store.requests.clear(number)
-        pid = child.fork(f"worker {number}", lambda: self._plan.work(number, self._board, self._gate_file), self._dump)
+        pid = child.fork(f"worker {number}", lambda: self._plan.work(number, self._board), self._dump)
         self._workers[pid] = number
 
     def _start_workers(self) -> None:
@@ -257,9 +255,8 @@ class Supervisor:
     def _replace(self, dead: list[Dead]) -> None:
         """Settle what *dead* workers had in hand, and start others in their place."""
         since = time.monotonic()
-        self._board.paused = True
         try:
-            self._take_gate(dead)
+            self._shut_gate(dead)
             self._wait_for_answers(dead)
             for _ in range(_ROLL_FORWARD_TRIES):
                 if self._roll_forward():
@@ -278,19 +275,31 @@ class Supervisor:
                 with contextlib.suppress(OSError):
                     self._device.resend()
         finally:
-            self._gate.let_go()
             self._board.paused = False
         self._start_workers()
         log.info(
             "%d of %d workers replaced in %.0f ms", len(dead), self._plan.workers, (time.monotonic() - since) * 1e3
         )
 
-    def _take_gate(self, dead: list[Dead]) -> None:
-        """Keep all workers from reading; kill those that hold the gate and do not let go."""
-        while not self._gate.take(_GATE_S):
-            holders = [number for number in self._workers.values() if self._board.posts[number].gate_since_ns]
-            for number in holders or list(self._workers.values()):
-                self._kill(number, dead, "it held the gate")
+    def _shut_gate(self, dead: list[Dead]) -> None:
+        """Keep all workers from reading; kill those that do not end with it."""
+        if not self._nobody_reads():
+            for number in self._reading():
+                self._kill(number, dead, "it read for too long")
+
+    def _nobody_reads(self) -> bool:
+        """Shut the gate; return whether all workers that were reading have noted what they read before long."""
+        self._board.paused = True
+        time.sleep(_SEEN_S)
+        deadline = time.monotonic() + _READ_S
+        while self._reading():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def _reading(self) -> list[int]:
+        return [number for number in self._workers.values() if self._board.posts[number].reading_since_ns]
 
     def _wait_for_answers(self, dead: list[Dead]) -> None:
         """Let the living answer what they hold; kill those that take too long, their requests are sent again."""
@@ -352,16 +361,16 @@ class Supervisor:
                 log.warning("worker %d (process %d) was stopped by a signal; it is killed", number, pid)
                 os.kill(pid, signal.SIGKILL)
                 continue
-            since_ns = post.gate_since_ns
+            since_ns = post.reading_since_ns
             if since_ns and now_ns - since_ns > _STANDSTILL_NS:
                 nudged_for_ns, nudged_ns = self._nudged.get(number, (0, 0))
                 if nudged_for_ns != since_ns:
                     # A request that vanished after it was announced: the read waits for the next, and all wait for it.
                     self._nudged[number] = since_ns, now_ns
-                    log.info("worker %d (process %d) stands still and holds the gate; it is interrupted", number, pid)
+                    log.info("worker %d (process %d) stands still while it reads; it is interrupted", number, pid)
                     os.kill(pid, child.NUDGE)
                 elif now_ns - nudged_ns > _STANDSTILL_NS:
-                    log.warning("worker %d (process %d) stands still and holds the gate; it is killed", number, pid)
+                    log.warning("worker %d (process %d) stands still while it reads; it is killed", number, pid)
                     os.kill(pid, signal.SIGKILL)
             elif post.beat_ns and now_ns - post.beat_ns > _NO_BEAT_NS:
                 log.warning("worker %d (process %d) has stood still for a minute; it is killed", number, pid)
@@ -373,14 +382,14 @@ class Supervisor:
         for pid, number in self._workers.items():
             post = self._board.posts[number]
             requests = [request for _, request, _ in self._store.requests.in_hand(number)]
-            gate = ", holds the gate" if post.gate_since_ns else ""
+            reads = ", reads" if post.reading_since_ns else ""
             log.info(
                 "worker %d (process %d): %d answered, %s%s",
                 number,
                 pid,
                 post.answered,
                 wire.describe_all(requests),
-                gate,
+                reads,
             )
             self._dump_stacks(pid)
         if self._maintenance:
@@ -398,7 +407,7 @@ class Supervisor:
     # -- an upgrade -------------------------------------------------------------------------------------------
 
     def _running(self) -> Running:
-        return Running(self._board, self._gate_file, dict(self._workers), self._maintenance)
+        return Running(self._board, dict(self._workers), self._maintenance)
 
     def _try_upgrade(self) -> None:
         """Let the installed release try in a child whether it could take over."""
@@ -432,8 +441,7 @@ class Supervisor:
         since = time.monotonic()
         self._reap()
         dead: list[Dead] = []
-        self._board.paused = True
-        self._take_gate(dead)
+        self._shut_gate(dead)
         self._wait_for_answers(dead)
         for pid in [*self._workers, *([self._maintenance] if self._maintenance else [])]:
             os.kill(pid, signal.SIGKILL)
@@ -487,8 +495,8 @@ class Supervisor:
         self._board.paused = True
         deadline = time.monotonic() + _END_S
         if not self._device.is_dead():
-            self._gate.take(_GATE_S)
-            deadline = time.monotonic() + _GATE_S
+            self._nobody_reads()
+            deadline = time.monotonic() + _READ_S
         while any(self._board.posts[number].in_hand for number in self._workers.values()):
             if time.monotonic() > deadline:
                 break

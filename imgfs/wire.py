@@ -166,7 +166,7 @@ def _of_names(*parts: bytes) -> int:
     return xxh3_64_intdigest(b"\0".join(parts))
 
 
-def _of_words(first: int, second: int = 0, third: int = 0) -> int:
+def _of_words(first: int, second: int, third: int = 0) -> int:
     return xxh3_64_intdigest(_WORDS.pack(first, second & 0xFFFF_FFFF_FFFF_FFFF, third))
 
 
@@ -180,7 +180,7 @@ def _named(opcode: int, skip: int = 0, names: int = 1) -> Callable[[bytes], tupl
 
 
 def _handled(opcode: int) -> Callable[[bytes], tuple[int, bool, int]]:
-    return lambda body: (opcode, True, _of_words(_U64.unpack_from(body)[0]))
+    return lambda body: (opcode, True, _U64.unpack_from(body)[0])
 
 
 def _ranged(opcode: int, *, sized: bool = True) -> Callable[[bytes], tuple[int, bool, int]]:
@@ -246,17 +246,17 @@ HANDLERS: dict[str, Callable[..., Request]] = {
     "read": lambda fh, offset, size: Request(Opcode.READ, 0, 0, _of_words(fh, offset, size)),
     "write": lambda fh, offset, data: Request(Opcode.WRITE, 0, 0, _of_words(fh, offset, len(data))),
     "statfs": lambda ctx: Request(Opcode.STATFS, 0, 0, 0),
-    "release": lambda fh: Request(Opcode.RELEASE, 0, 0, _of_words(fh)),
-    "fsync": lambda fh, data_only: Request(Opcode.FSYNC, 0, 0, _of_words(fh)),
+    "release": lambda fh: Request(Opcode.RELEASE, 0, 0, fh),
+    "fsync": lambda fh, data_only: Request(Opcode.FSYNC, 0, 0, fh),
     "setxattr": lambda inode, name, value, ctx: Request(Opcode.SETXATTR, ctx.pid, inode, _of_names(name)),
     "getxattr": lambda inode, name, ctx: Request(Opcode.GETXATTR, ctx.pid, inode, _of_names(name)),
     "listxattr": lambda inode, ctx: Request(Opcode.LISTXATTR, ctx.pid, inode, 0),
     "removexattr": lambda inode, name, ctx: Request(Opcode.REMOVEXATTR, ctx.pid, inode, _of_names(name)),
-    "flush": lambda fh: Request(Opcode.FLUSH, 0, 0, _of_words(fh)),
+    "flush": lambda fh: Request(Opcode.FLUSH, 0, 0, fh),
     "opendir": lambda inode, ctx: Request(Opcode.OPENDIR, ctx.pid, inode, 0),
     "readdir": lambda fh, start, token: Request(Opcode.READDIR, 0, 0, _of_words(fh, start)),
-    "releasedir": lambda fh: Request(Opcode.RELEASEDIR, 0, 0, _of_words(fh)),
-    "fsyncdir": lambda fh, data_only: Request(Opcode.FSYNCDIR, 0, 0, _of_words(fh)),
+    "releasedir": lambda fh: Request(Opcode.RELEASEDIR, 0, 0, fh),
+    "fsyncdir": lambda fh, data_only: Request(Opcode.FSYNCDIR, 0, 0, fh),
     "access": lambda inode, mode, ctx: Request(Opcode.ACCESS, ctx.pid, inode, 0),
     "create": lambda parent, name, mode, flags, ctx: Request(Opcode.CREATE, ctx.pid, parent, _of_names(name)),
 }

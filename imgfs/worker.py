@@ -20,7 +20,6 @@ from imgfs.device import Device
 from imgfs.errors import MountFailed
 from imgfs.express import Express
 from imgfs.fs import Filesystem
-from imgfs.gate import Gate
 from imgfs.store import Store
 
 BEAT_S = 0.5
@@ -31,7 +30,6 @@ class Common(NamedTuple):
 
     store: Store
     device: Device
-    gate: int
     board: Board
     manner: Manner
 
@@ -40,7 +38,7 @@ def work(number: int, common: Common) -> None:
     """Be worker *number*, in a process of its own; return when the mount is gone."""
     store = common.store
     store.after_fork()
-    desk = Desk(number, common.device, Gate(common.gate), common.board, store.requests)
+    desk = Desk(number, common.device, common.board, store.requests)
     desk.install()
     acts, calls = Acts(store, common.manner), Calls(store, desk)
     filesystem = at_desk(desk, Filesystem(store, desk, acts, calls))
@@ -55,7 +53,7 @@ def try_init(common: Common) -> None:
     Raises:
         MountFailed: it would not.
     """
-    desk = Desk(0, common.device, Gate(common.gate), common.board, common.store.requests, trial=True)
+    desk = Desk(0, common.device, common.board, common.store.requests, trial=True)
     desk.install()
     store = common.store
     filesystem = Filesystem(store, desk, Acts(store, common.manner), Calls(store, desk))

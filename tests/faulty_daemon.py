@@ -15,7 +15,7 @@ from typing import Any
 from imgfs import maintenance, wire, worker
 from imgfs.acts import Acts
 from imgfs.cli import main
-from imgfs.disk import Disk
+from imgfs.disk import Disk, WouldBlock
 from imgfs.express import Express
 from imgfs.fs import Filesystem
 from imgfs.images import Images
@@ -56,6 +56,15 @@ def never_at_once(_: str) -> None:
     Express.answer = lambda *_: None  # type: ignore[method-assign,assignment]
 
 
+def slow_disk(_: str) -> None:
+    """Nothing that an image consists of is in memory before a thread has waited for it."""
+
+    def slow(self: Disk, file: int, offset: int, size: int) -> bytearray:
+        raise WouldBlock
+
+    Disk.read_resident = slow  # type: ignore[method-assign]
+
+
 def hang_at_name(name: str) -> None:
     """A worker that looks *name* up does not come back from it, the first time."""
     marker, _, name = name.rpartition(":")
@@ -69,19 +78,18 @@ def hang_at_name(name: str) -> None:
     Acts.lookup = hang  # type: ignore[method-assign]
 
 
-def hold_the_gate(marker: str) -> None:
-    """A worker that has taken the gate to read waits for long, the first time; a signal interrupts that."""
+def hang_in_a_read(marker: str) -> None:
+    """A worker that has said that it reads waits for long, the first time; a signal interrupts that."""
     from imgfs.desk import Desk
 
-    try_gate = Desk._try_gate
+    read = Desk._read
 
-    def hold(self: Desk) -> bool:
-        got = try_gate(self)
-        if got and _claim(marker) is not None:
+    def hang(self: Desk) -> int:
+        if _claim(marker) is not None:
             ctypes.PyDLL(None).pause()
-        return got
+        return read(self)
 
-    Desk._try_gate = hold  # type: ignore[method-assign]
+    Desk._read = hang  # type: ignore[method-assign]
 
 
 def hold_a_read(marker: str) -> None:
@@ -188,9 +196,10 @@ FAULTS = {
     "die-at-step": die_at_step,
     "hold-a-read": hold_a_read,
     "hang-at-name": hang_at_name,
-    "hold-the-gate": hold_the_gate,
+    "hang-in-a-read": hang_in_a_read,
     "never-at-once": never_at_once,
     "never-resent": never_resent,
+    "slow-disk": slow_disk,
 }
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ EXPECTED_LOG = (r"mounted at /\S+", r"SIG(TERM|INT): stopping")
 WORKER_DIED = r"worker \d+ \(process \d+\) (died of SIG\w+|ended with code \d+), with .*"
 WORKER_DEATHS = (
     WORKER_DIED,
-    r"worker \d+ \(process \d+\) is killed: it (held the gate|took too long to answer .*), with .*",
+    r"worker \d+ \(process \d+\) is killed: it (read for too long|took too long to answer .*), with .*",
     r"\d+ of \d+ workers replaced in \d+ ms",
 )
 

@@ -20,7 +20,6 @@ from imgfs.device import DEVICE, Device
 from imgfs.disk import WouldBlock
 from imgfs.errors import EXIT_DAMAGED
 from imgfs.express import Express
-from imgfs.gate import Gate, make_gate
 from imgfs.replies import Reply
 from imgfs.requests import Request
 from imgfs.store import ROOT, Store
@@ -38,14 +37,12 @@ class Door:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._device = Device(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC), b"")
-        self._gate = make_gate()
-        self._desk = Desk(0, self._device, Gate(self._gate), Board(), store.requests)
+        self._desk = Desk(0, self._device, Board(), store.requests)
         self._express = Express(store, Acts(store, Manner(60.0)), Calls(store, self._desk))
 
     def close(self) -> None:
         self._desk.close()
         self._device.close()
-        os.close(self._gate)
 
     def ask(self, opcode: int, node: int, body: bytes) -> Reply | None:
         head = (IN_HEADER.size + len(body), opcode, 7, node, 1000, 100, PID, 0, 0)
@@ -63,7 +60,7 @@ class Door:
 
     def open(self, inode: int, flags: int = os.O_RDONLY) -> int | None:
         reply = self.ask(Opcode.OPEN, inode, struct.pack("<II", flags, 0))
-        return None if reply is None else _HANDLE.unpack_from(reply[1])[0]
+        return None if reply is None else _HANDLE.unpack_from(reply[0], OUT_HEADER.size)[0]
 
     def read(self, handle: int, offset: int, size: int) -> bytes | None:
         reply = self.ask(Opcode.READ, 0, struct.pack("<QQIIQII", handle, offset, size, 0, 0, 0, 0))
@@ -267,6 +264,30 @@ def test_what_the_disk_has_to_give_is_answered_once_though_workers_die(stopped: 
         for reader in readers:
             reader.join(60)
             assert not reader.is_alive()
+    assert wrong == []
+
+
+@pytest.mark.mount
+@pytest.mark.root
+def test_what_the_disk_does_not_give_soon_is_for_a_thread(stopped: Mounted) -> None:
+    """The gate is shut meanwhile, too: who waits for the disk is answered all the same."""
+    stopped.expected_log += WORKER_DEATHS
+    stopped.start("workers=2,timeout=0", fault=("slow-disk", ""))
+    images = {f"{number}": bytes([number]) * 5000 for number in range(20)}
+    for name, data in images.items():
+        (stopped.point / name).write_bytes(data)
+    wrong: list[str] = []
+
+    def read() -> None:
+        wrong.extend(name for name, data in images.items() if (stopped.point / name).read_bytes() != data)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    os.kill(stopped.children("worker")[0], signal.SIGKILL)
+    for reader in readers:
+        reader.join(60)
+        assert not reader.is_alive()
     assert wrong == []
 
 

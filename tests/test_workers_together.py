@@ -53,7 +53,7 @@ class Crew:
 
     def bury(self, client: int, seat: int) -> None:
         """Do what follows the death of a worker: the kernel sends again what was not answered."""
-        with self.store.lock():  # in place of the gate: a living worker takes no note meanwhile
+        with self.store.lock():  # in place of a shut gate: a living worker takes no note meanwhile
             self.store.roll_forward()
             resent = [request_of(each, self.answers.get(each)[0]) for each in range(CLIENTS)]
             again = self.store.settle(seat, [*resent, look_of(client)])
