@@ -10,9 +10,6 @@ desk reads requests itself, as long as they can be answered on the spot (express
 when there is none: a client that got its answer mostly asks on at once. A request that takes more is put into a file
 in memory, which for one read takes the place of the device that libfuse has. What libfuse answers goes to the device.
 
-An open that waits for the disk is tried again after some microseconds, a few times: a quick disk has the image by then,
-and to hand a request to a thread costs more than to read an image. A thread waits for what takes longer.
-
 *Concurrency:* one loop, one thread. A worker says on the board that it reads, and no more when the request is in its
 row. Timers and signals come at most `_IN_A_ROW` requests or moments late.
 """
@@ -24,10 +21,9 @@ import os
 import select
 import socket
 import time
-from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import pyfuse3
 import trio
@@ -37,6 +33,7 @@ from imgfs.board import ANSWERED, IN_HAND, PAUSE, READING_SINCE_NS, WATCHER, Boa
 from imgfs.device import Device
 from imgfs.disk import WouldBlock
 from imgfs.errors import MountFailed
+from imgfs.late import Express, LateRequests
 from imgfs.replies import Reply
 from imgfs.requests import TASKS_MAX, Request, Requests, Result
 
@@ -52,9 +49,6 @@ _NAPS_MAX = 4
 # pyfuse3 starts so many tasks when all others are busy, and ends none: rows are given to them for good, and a buffer of
 # a MiB each.
 PYFUSE3_TASKS_MAX = 64
-# A request that waits for the disk is tried again so long after it came, at twice that, and so on, so often. What takes
-# longer is for a thread.
-_LATE_NS, _LATE_TRIES = 50_000, 6
 # Descriptors that select(2) takes: it waits for less than a millisecond, as poll(2) cannot.
 _SELECTED_MAX = 1023
 # One answer to INIT, or what libfuse answers without a handler.
@@ -82,34 +76,6 @@ class _Lock:
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         self._held = False
         self._waiting.unpark()
-
-
-class Express(Protocol):
-    """Who answers requests past pyfuse3, each noted in a row as being in hand."""
-
-    def answer(self, head: wire.Head, request: memoryview, row: int) -> Reply | None:
-        """Answer on the spot; None: pyfuse3 shall. Raises `WouldBlock` where `answer_late` shall."""
-
-    def ask_disk(self, head: wire.Head) -> bool:
-        """Let the disk begin to read what `answer` had to wait for; return whether it is little."""
-
-    async def answer_late(self, head: wire.Head, request: bytes, row: int) -> Reply:
-        """Answer when the disk has given what is asked for."""
-
-
-class _Late(NamedTuple):
-    """A request that waits for the disk."""
-
-    head: wire.Head
-    raw: bytes
-    row: int
-    since_ns: int
-    tries: int
-
-    @property
-    def due_ns(self) -> int:
-        """When it is tried again."""
-        return self.since_ns + (_LATE_NS << self.tries)
 
 
 class _Nothing:
@@ -186,10 +152,8 @@ class Desk:
         self._first_row = worker * TASKS_MAX
         self._seats: dict[object, _Seat] = {}
         # Rows for what is answered late; those before are for tasks of pyfuse3.
-        self._free_rows = list(range(self._first_row + PYFUSE3_TASKS_MAX, self._first_row + TASKS_MAX))
-        self._nursery: trio.Nursery | None = None
-        self._late: deque[_Late] = deque()
-        self._late_ns = 0  # when the first of them is tried again
+        self._late_rows = range(self._first_row + PYFUSE3_TASKS_MAX, self._first_row + TASKS_MAX)
+        self._late: LateRequests | None = None
         self._in_a_row = 0
         self._poll = select.poll()
         # The end that libfuse takes for the device until INIT is answered, and ours.
@@ -211,7 +175,7 @@ class Desk:
 
     def serve_late_in(self, nursery: trio.Nursery) -> None:
         """Answer in *nursery* what has to wait for the disk."""
-        self._nursery = nursery
+        self._late = LateRequests(self.express, self._requests, self._late_rows, self._post, nursery, self._write)
 
     # -- pyfuse3's session ------------------------------------------------------------------------------------
 
@@ -363,65 +327,9 @@ class Desk:
                 raise
             return 0
 
-    # -- what waits for the disk ------------------------------------------------------------------------------
-
-    def _put_off(self, head: wire.Head, raw: memoryview, request: Request, row: int) -> bool:
-        """Put off the *request* of *row*, which has to wait for the disk; return whether that can be."""
-        if not self._free_rows or self._nursery is None:
-            return False
-        late_row = self._free_rows.pop()
-        self._requests.begin(late_row, request)
-        self._requests.end(row)
-        late = _Late(head, bytes(raw), late_row, time.monotonic_ns(), 0)
-        if self._fuse <= _SELECTED_MAX and self.express.ask_disk(head):
-            self._late.append(late)
-            self._late_ns = min(self._late_ns, late.due_ns) if len(self._late) > 1 else late.due_ns
-        else:
-            self._nursery.start_soon(self._answer_in_thread, late)
-        return True
-
-    def _try_late(self) -> None:
-        """Answer those that the disk has meanwhile given what they wait for; who waits for long gets a thread."""
-        now_ns = time.monotonic_ns()
-        if now_ns < self._late_ns:
-            return
-        for _ in range(len(self._late)):
-            late = self._late.popleft()
-            if now_ns < late.due_ns:
-                self._late.append(late)
-                continue
-            try:
-                reply = self.express.answer(late.head, memoryview(late.raw), late.row)
-            except WouldBlock:
-                if late.tries < _LATE_TRIES:
-                    self._late.append(late._replace(tries=late.tries + 1))
-                    continue
-                reply = None
-            if reply is not None:
-                self._answer_now(late, reply)
-                self.waited(time.monotonic_ns() - late.since_ns)
-            elif self._nursery is not None:
-                self._nursery.start_soon(self._answer_in_thread, late)
-        self._late_ns = min((late.due_ns for late in self._late), default=0)
-
-    def _hand_late_to_threads(self) -> None:
-        while self._late and self._nursery is not None:
-            self._nursery.start_soon(self._answer_in_thread, self._late.popleft())
-
-    async def _answer_in_thread(self, late: _Late) -> None:
-        self._answer_now(late, await self.express.answer_late(late.head, late.raw, late.row))
-
-    def _answer_now(self, late: _Late, reply: Reply) -> None:
-        self._write(reply)
-        self._requests.end(late.row)
-        self._free_rows.append(late.row)
-        self._post.gave()
-
     def _watch(self, patience_ms: int) -> bool:
         """Return whether there is a request; wait for it unless another worker does."""
         words = self._board.words
-        if self._late:
-            return bool(select.select([self._fuse], (), (), max(0, self._late_ns - time.monotonic_ns()) / 1e9)[0])
         if words[WATCHER] not in (0, self._number):
             return bool(self._poll.poll(0))
         words[WATCHER] = self._number
@@ -429,19 +337,26 @@ class Desk:
         words[WATCHER] = 0
         return bool(found)
 
+    def _watch_until(self, deadline_ns: int) -> bool:
+        """Return whether there is a request; wait for it until then, which is soon."""
+        patience_s = max(0, deadline_ns - time.monotonic_ns()) / 1e9
+        return bool(select.select([self._fuse], (), (), patience_s)[0])
+
     def _serve(self, patience_ms: int) -> _Came:
         """Answer requests until one is not for us, or none comes: the first within *patience_ms*."""
         seat = self._seats[trio.lowlevel.current_task()]
         row, requests, buffer, answer = seat.row, self._requests, self._buffer, self.express.answer
-        shared, ours = self._board.words, self._post.words
+        shared, ours, late = self._board.words, self._post.words, self._late
         expected = False  # behind one request there mostly is another, and to poll costs as much as to read
         while self._in_a_row < _IN_A_ROW:
             self._in_a_row += 1
-            if self._late:
-                self._try_late()
+            if late is not None and late.due_ns:
+                late.retry()
+                if not expected and late.due_ns:
+                    expected = self._watch_until(late.due_ns)
+                    if not expected:
+                        continue
             if not expected and not self._watch(patience_ms):
-                if self._late:
-                    continue
                 return _Came.NOTHING
             # In this order: who shuts the gate sees that we read, or we see that it is shut.
             ours[READING_SINCE_NS] = time.monotonic_ns()
@@ -472,7 +387,8 @@ class Desk:
             try:
                 reply = answer(head, raw, row)
             except WouldBlock:
-                if self._put_off(head, raw, request, row):
+                retried = self._fuse <= _SELECTED_MAX
+                if late is not None and late.put_off(head, raw, request, row, retried=retried):
                     patience_ms = 0
                     continue
                 reply = None
@@ -505,7 +421,8 @@ class Desk:
                 await trio.lowlevel.checkpoint()
                 continue
             self._in_a_row = 0
-            self._hand_late_to_threads()  # the gate is shut: they shall be answered all the same
+            if self._late is not None:
+                self._late.hand_to_threads()  # the gate is shut: they shall be answered all the same
             if self._post.answered != answered:
                 naps = 0
             if self._board.paused or 0 < naps <= _NAPS_MAX:

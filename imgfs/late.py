@@ -1,0 +1,130 @@
+"""The requests of a worker that wait for the disk: each has a row of its own, and is answered when its bytes are there.
+
+Owns when one is tried again, and their rows. Must not know the device, nor what a request asks for.
+
+An open that waits is tried again after some microseconds, a few times: a quick disk has read the image by then, and to
+hand a request to a thread costs more than to read an image. A thread waits for what takes longer.
+
+*Concurrency:* on the loop of a worker, which calls `retry` when `due_ns` has come, and in tasks of its nursery.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
+
+import trio
+
+from imgfs import wire
+from imgfs.board import Post
+from imgfs.disk import WouldBlock
+from imgfs.replies import Reply
+from imgfs.requests import Request, Requests
+
+# A request is tried again so long after it came, at twice that, and so on, so often.
+_FIRST_NS, _TRIES = 50_000, 6
+
+
+class Express(Protocol):
+    """Who answers requests past pyfuse3, each noted in a row as being in hand."""
+
+    def answer(self, head: wire.Head, request: memoryview, row: int) -> Reply | None:
+        """Answer on the spot; None: pyfuse3 shall. Raises `WouldBlock` where `answer_late` shall."""
+
+    def ask_disk(self, head: wire.Head) -> bool:
+        """Let the disk begin to read what `answer` had to wait for; return whether it is little."""
+
+    async def answer_late(self, head: wire.Head, request: bytes, row: int) -> Reply:
+        """Answer when the disk has given what is asked for."""
+
+
+class _Late(NamedTuple):
+    """A request that waits."""
+
+    head: wire.Head
+    raw: bytes
+    row: int
+    since_ns: int
+    tries: int
+
+    @property
+    def due_ns(self) -> int:
+        """When it is tried again."""
+        return self.since_ns + (_FIRST_NS << self.tries)
+
+
+class LateRequests:
+    """Those of one worker that wait; it has *rows* for them, and writes answers with *write*."""
+
+    def __init__(
+        self,
+        express: Express,
+        requests: Requests,
+        rows: Iterable[int],
+        post: Post,
+        nursery: trio.Nursery,
+        write: Callable[[Reply], None],
+    ) -> None:
+        self._express = express
+        self._requests = requests
+        self._free_rows = list(rows)
+        self._post = post
+        self._nursery = nursery
+        self._write = write
+        self._waiting: deque[_Late] = deque()
+        self.due_ns = 0
+        """When the first of them is tried again; 0: none is."""
+
+    def put_off(self, head: wire.Head, raw: memoryview, request: Request, row: int, *, retried: bool) -> bool:
+        """Take over the *request* of *row*; return whether there is room. Only if it may be *retried*, it is."""
+        if not self._free_rows:
+            return False
+        own_row = self._free_rows.pop()
+        self._requests.begin(own_row, request)
+        self._requests.end(row)
+        late = _Late(head, bytes(raw), own_row, time.monotonic_ns(), 0)
+        if self._express.ask_disk(head) and retried:
+            self._waiting.append(late)
+            self.due_ns = min(self.due_ns or late.due_ns, late.due_ns)
+        else:
+            self._nursery.start_soon(self._answer_in_thread, late)
+        return True
+
+    def retry(self) -> None:
+        """Answer those that the disk has meanwhile given what they wait for; who waits for long gets a thread."""
+        now_ns = time.monotonic_ns()
+        if now_ns < self.due_ns:
+            return
+        for _ in range(len(self._waiting)):
+            late = self._waiting.popleft()
+            if now_ns < late.due_ns:
+                self._waiting.append(late)
+                continue
+            try:
+                reply = self._express.answer(late.head, memoryview(late.raw), late.row)
+            except WouldBlock:
+                if late.tries < _TRIES:
+                    self._waiting.append(late._replace(tries=late.tries + 1))
+                    continue
+                reply = None
+            if reply is not None:
+                self._answer(late, reply)
+                self._post.waited(time.monotonic_ns() - late.since_ns)
+            else:
+                self._nursery.start_soon(self._answer_in_thread, late)
+        self.due_ns = min((late.due_ns for late in self._waiting), default=0)
+
+    def hand_to_threads(self) -> None:
+        """Try none again: the worker has to stop for a while."""
+        self.due_ns = 0
+        while self._waiting:
+            self._nursery.start_soon(self._answer_in_thread, self._waiting.popleft())
+
+    async def _answer_in_thread(self, late: _Late) -> None:
+        self._answer(late, await self._express.answer_late(late.head, late.raw, late.row))
+
+    def _answer(self, late: _Late, reply: Reply) -> None:
+        self._write(reply)
+        self._requests.end(late.row)
+        self._free_rows.append(late.row)
+        self._post.gave()
