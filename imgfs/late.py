@@ -21,8 +21,10 @@ from imgfs.disk import WouldBlock
 from imgfs.replies import Reply
 from imgfs.requests import Request, Requests
 
-# A request is tried again so long after it came, at twice that, and so on, so often.
-_FIRST_NS, _TRIES = 50_000, 6
+# A request is tried again when the disk has mostly answered by then, which is learned between these bounds, and then
+# so often, each time after a quarter of that.
+_LEAST_NS, _MOST_NS = 50_000, 1_000_000
+_TRIES = 8
 
 
 class Express(Protocol):
@@ -45,12 +47,8 @@ class _Late(NamedTuple):
     raw: bytes
     row: int
     since_ns: int
-    tries: int
-
-    @property
-    def due_ns(self) -> int:
-        """When it is tried again."""
-        return self.since_ns + (_FIRST_NS << self.tries)
+    due_ns: int  # when it is tried again
+    tries: int = 0
 
 
 class LateRequests:
@@ -72,6 +70,7 @@ class LateRequests:
         self._nursery = nursery
         self._write = write
         self._waiting: deque[_Late] = deque()
+        self._usual_ns = 2 * _LEAST_NS
         self.due_ns = 0
         """When the first of them is tried again; 0: none is."""
 
@@ -82,7 +81,8 @@ class LateRequests:
         own_row = self._free_rows.pop()
         self._requests.begin(own_row, request)
         self._requests.end(row)
-        late = _Late(head, bytes(raw), own_row, time.monotonic_ns(), 0)
+        now_ns = time.monotonic_ns()
+        late = _Late(head, bytes(raw), own_row, now_ns, now_ns + self._usual_ns)
         if self._express.ask_disk(head) and retried:
             self._waiting.append(late)
             self.due_ns = min(self.due_ns or late.due_ns, late.due_ns)
@@ -104,15 +104,22 @@ class LateRequests:
                 reply = self._express.answer(late.head, memoryview(late.raw), late.row)
             except WouldBlock:
                 if late.tries < _TRIES:
-                    self._waiting.append(late._replace(tries=late.tries + 1))
+                    due_ns = time.monotonic_ns() + self._usual_ns // 4
+                    self._waiting.append(late._replace(due_ns=due_ns, tries=late.tries + 1))
                     continue
                 reply = None
             if reply is not None:
                 self._answer(late, reply)
+                self._learn(late.tries)
                 self._post.waited(time.monotonic_ns() - late.since_ns)
             else:
                 self._nursery.start_soon(self._answer_in_thread, late)
         self.due_ns = min((late.due_ns for late in self._waiting), default=0)
+
+    def _learn(self, tries: int) -> None:
+        """The disk was quick, or *tries* were in vain."""
+        change_ns = self._usual_ns // 16 * (tries or -1)
+        self._usual_ns = min(max(self._usual_ns + change_ns, _LEAST_NS), _MOST_NS)
 
     def hand_to_threads(self) -> None:
         """Try none again: the worker has to stop for a while."""

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from imgfs import maintenance, wire, worker
@@ -20,6 +21,7 @@ from imgfs.express import Express
 from imgfs.fs import Filesystem
 from imgfs.images import Images
 from imgfs.memory import Memory
+from imgfs.requests import Request
 
 # What a handler does that another process can see: each is a point to die at.
 _DISK_STEPS = ("write", "append", "truncate", "unlink", "rename", "sync", "open", "create")
@@ -90,6 +92,22 @@ def hang_in_a_read(marker: str) -> None:
         return read(self)
 
     Desk._read = hang  # type: ignore[method-assign]
+
+
+def hang_behind_a_read(marker: str) -> None:
+    """A worker that has read an unlink waits before it notes that, the first time; a signal interrupts that.
+
+    The file *marker*.pid says which worker.
+    """
+    identify = wire.identify
+
+    def hang(head: wire.Head, data: memoryview | bytes) -> Request:
+        if head[1] == wire.Opcode.UNLINK and _claim(marker) is not None:
+            Path(f"{marker}.pid").write_text(str(os.getpid()))
+            ctypes.PyDLL(None).pause()
+        return identify(head, data)
+
+    wire.identify = hang
 
 
 def hold_a_read(marker: str) -> None:
@@ -197,6 +215,7 @@ FAULTS = {
     "hold-a-read": hold_a_read,
     "hang-at-name": hang_at_name,
     "hang-in-a-read": hang_in_a_read,
+    "hang-behind-a-read": hang_behind_a_read,
     "never-at-once": never_at_once,
     "never-resent": never_resent,
     "slow-disk": slow_disk,

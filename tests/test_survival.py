@@ -287,6 +287,27 @@ def test_a_worker_that_hangs_while_it_reads_is_interrupted(stopped: Mounted, tmp
     assert stopped.children("worker") == pids
 
 
+def test_what_was_read_and_not_noted_is_not_done_later_than_what_was_sent_again(
+    stopped: Mounted, tmp_path: Path
+) -> None:
+    marker, hanging = tmp_path / "marker", tmp_path / "marker.pid"
+    stopped.expected_log.append(STANDSTILL)
+    stopped.start("workers=2", fault=("hang-behind-a-read", str(marker)))
+    image = stopped.point / "image"
+    image.write_bytes(b"old")
+    marker.touch()
+    removing = threading.Thread(target=image.unlink)
+    removing.start()
+    wait_until(lambda: hanging.exists() and hanging.read_text() != "", "one has read it and hangs")
+    one = int(hanging.read_text())
+    (other,) = set(stopped.children("worker")) - {one}
+    os.kill(other, signal.SIGKILL)
+    removing.join(30)
+    image.write_bytes(b"new")
+    wait_until(lambda: one not in stopped.children("worker"), "who did not note it was not left to go on")
+    assert image.read_bytes() == b"new"
+
+
 def test_a_worker_that_hangs_in_a_request_does_not_hold_up_the_others(stopped: Mounted, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     stopped.start("workers=2,timeout=0", fault=("hang-at-name", f"{marker}:hang"))
