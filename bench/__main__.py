@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -50,30 +51,35 @@ def main() -> int:
     systems = [name for name in arguments.systems.lower().split(",") if name]
     results = arguments.results or DIRECTORIES[size]
     try:
-        _run(chosen, size, arguments.directory, systems, results)
-    except Failed as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
+        failed = _run(chosen, size, arguments.directory, systems, results)
     except KeyboardInterrupt:
         return 130
     if results == RESULTS:
         _refresh_docs()
-    return 0
+    return 1 if failed else 0
 
 
-def _run(names: list[str], size: str, directory: str | None, systems: list[str], results: Path) -> None:
+def _run(names: list[str], size: str, directory: str | None, systems: list[str], results: Path) -> bool:
+    """Run the benches, one after the other; return whether one of them failed, which does not keep the others."""
     start = time.monotonic()
+    failed = False
     found: dict[str, Mapping[str, object]] = {}
     for number, name in enumerate(names):
         print(f"{name} ({size}, {number + 1} of {len(names)})", flush=True)
-        # A site of its own: what one bench leaves in memory or on the disk must not slow the next.
-        with open_site(directory, systems) as site:
-            found[name] = run_bench(name, site, size).as_json(describe(site.directory), size)
+        try:
+            # A site of its own: what one bench leaves in memory or on the disk must not slow the next.
+            with open_site(directory, systems) as site:
+                found[name] = run_bench(name, site, size).as_json(describe(site.directory), size)
+        except (Failed, OSError, subprocess.SubprocessError) as error:
+            print(f"bench: {name}: {error}", file=sys.stderr)
+            failed = True
+            continue
         path = write_json(results, found[name])
         print(f"{table(found[name])}\n  {path}, after {time.monotonic() - start:.0f} s\n", flush=True)
     if size != "full":
         print("These are small numbers; the targets are about those of full size.\n")
     print(summary_table(found))
+    return failed
 
 
 def _refresh_docs() -> None:

@@ -47,10 +47,10 @@ def run(site: Site, size: str) -> Result:
 
 def _measure(result: Result, lineup: Lineup, writers: int, chosen: _Size) -> None:
     def write(system: System, number: int) -> dict[str, float]:
+        system.settle()
         directories = [system.directory / f"by{writers}-{number}-{writer}" for writer in range(writers)]
         for directory in directories:
             directory.mkdir()
-        system.settle()
         seconds, counts = together([functools.partial(write_for, path, chosen.window_s) for path in directories])
         return {"/s": sum(counts) / seconds}
 

@@ -5,6 +5,7 @@ A neighbour that cannot be had here, or fails, is a note in the result; imgfs an
 
 import contextlib
 import functools
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -15,12 +16,17 @@ from bench.result import Result
 from bench.site import Site, XfsDisk
 from bench.systems import Bindfs, Imgfs, Passthrough, System, Xfs
 from bench.trees import PER_DIRECTORY, make_tree
+from bench.watch import within
 
 T = TypeVar("T")
 
 # The first one is what all others are compared with.
 ALL: tuple[type[System], ...] = (Imgfs, Xfs, Bindfs, Passthrough, JuiceFs, SeaweedFs)
 _NEEDED = (Imgfs, Xfs)
+# What one system does in one turn takes seconds; to fill it, somewhat more.
+STEP_DEADLINE_S = 120.0
+# Nothing is left to compare without these.
+_PATIENCE = 3
 
 
 class Lineup:
@@ -28,6 +34,7 @@ class Lineup:
 
     def __init__(self, site: Site, disk: XfsDisk, result: Result) -> None:
         self.disk = disk
+        self.deadline_s = STEP_DEADLINE_S
         self.systems: list[System] = []
         self.names: list[str] = []
         self._few: list[str] = []
@@ -45,10 +52,11 @@ class Lineup:
         return system
 
     def _attempt(self, system: System, call: Callable[[], T]) -> T | None:
-        """Return what *call* does; a neighbour for which it fails is out."""
+        """Return what *call* does; a neighbour for which it fails, or takes too long, is out."""
         try:
-            return call()
-        except (Failed, OSError) as error:
+            with within(self.deadline_s * (_PATIENCE if isinstance(system, _NEEDED) else 1), system.kill):
+                return call()
+        except (Failed, OSError, subprocess.SubprocessError) as error:
             if isinstance(system, _NEEDED):
                 raise
             say(f"{system.name} failed: {error}")

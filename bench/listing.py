@@ -28,7 +28,8 @@ class _Size:
 SIZES = {
     "tiny": _Size(500, 500, 1, 400 << 20),
     "quick": _Size(20_000, 5_000, 1, 1 << 30),
-    "full": _Size(1_000_000, 100_000, 2, 6 << 30),
+    # One round: it takes minutes.
+    "full": _Size(1_000_000, 50_000, 1, 6 << 30),
 }
 
 
@@ -56,9 +57,10 @@ def _measure(result: Result, lineup: Lineup, directories: int, chosen: _Size) ->
     def load(system: System) -> None:
         images = images_in(system)
         seconds = timed(lambda: system.load_names(images, directories))
-        listed = len(run_command("find", system.directory, "-name", "img_*").splitlines())
-        if listed != images:
-            raise Failed(f"{listed:,} images are listed, not {images:,}")
+        if not isinstance(system, _FULL_SIZED):
+            listed = len(run_command("find", system.directory, "-name", "img_*").splitlines())
+            if listed != images:
+                raise Failed(f"{listed:,} images are listed, not {images:,}")
         say(f"{system.name} holds {images:,} images in {directories:,} directories, after {seconds:.0f} s")
 
     def walk(system: System, number: int) -> dict[str, float]:

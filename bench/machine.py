@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -21,10 +23,20 @@ def describe(directory: Path) -> dict[str, str]:
         "memory": f"{memory_bytes / (1 << 30):.0f} GiB",
         "kernel": f"Linux {platform.release()}",
         "below": f"scratch on {_file_system(directory)}",
-        "python": f"Python {platform.python_version()}",
+        "python": f"Python {platform.python_version()} ({_build()})",
         "imgfs": f"imgfs {imgfs.__version__}",
         "libfuse": f"libfuse {_output('pkg-config', '--modversion', 'fuse3') or 'of unknown version'}",
     } | {name: f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES}
+
+
+def _build() -> str:
+    """Return whether this Python was built with profile-guided optimisation, which makes it up to 1.4 times as fast."""
+    if "--enable-optimizations" in str(sysconfig.get_config_var("CONFIG_ARGS")):
+        return "built with PGO"
+    # Debian takes the flags of its profile-guided build out of what it ships.
+    if sys.base_prefix == "/usr" and Path("/etc/debian_version").exists():
+        return "Debian's, built with PGO"
+    return "built without PGO"
 
 
 def _cpu() -> str:

@@ -23,11 +23,12 @@ _BUFFER_BYTES = 64 << 10
 _PR_SET_PDEATHSIG = 1
 # Between two looks at the clock.
 _BURST = 50
+_START_S = time.monotonic()
 
 
 def say(text: str) -> None:
-    """Show how far a bench is."""
-    print(f"    {text}", flush=True)
+    """Show how far a bench is, and after how long."""
+    print(f"    {time.monotonic() - _START_S:4.0f} s  {text}", flush=True)
 
 
 def rounds(count: int, systems: Sequence[T]) -> Iterator[tuple[int, Sequence[T]]]:

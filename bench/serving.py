@@ -60,14 +60,18 @@ class Server:
         """Wait until it ends by itself; return its exit status."""
         return self._process.wait(DEADLINE_S)
 
+    def kill(self) -> None:
+        """Kill it and whatever it has started, without waiting: `stop` has to follow."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def stop(self, *, gently: bool = True) -> None:
         """End it, and whatever it has started."""
         if self._process.poll() is None and gently:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(DEADLINE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self.kill()
         self._process.wait()
 
 

@@ -8,6 +8,7 @@ import abc
 import functools
 import mmap
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -22,11 +23,13 @@ from bench.serving import DEADLINE_S, MountServer
 from bench.site import Site, XfsDisk, drop_caches
 from bench.stores import make_large_store
 from bench.trees import name_directory, name_file
+from imgfs.mount import WORKERS_DEFAULT_MAX
 from imgfs.volumes import VOLUMES
 
 # Debian ships the example with the headers.
 _PASSTHROUGH = Path("/usr/share/doc/libfuse3-dev/examples/passthrough_ll.c")
 _COPIERS = 4
+_CAP_SYS_RESOURCE = 1 << 24
 
 
 class System(abc.ABC):
@@ -65,6 +68,14 @@ class System(abc.ABC):
         """End whatever runs, in whatever state it is."""
 
     @abc.abstractmethod
+    def kill(self) -> None:
+        """Cut off who serves it, so that no request waits any longer; called from another thread."""
+
+    def files_max(self) -> int | None:
+        """Return how many files it can be asked for from one mount to the next; None: as many as there are."""
+        return None
+
+    @abc.abstractmethod
     def load(self, source: Path) -> None:
         """Bring in what is in the directory *source*, in the quickest way there is; it is mounted before and after."""
 
@@ -73,7 +84,7 @@ class System(abc.ABC):
         """Fill it with so many images without content, `trees.name_file` of them; it is mounted before and after."""
 
     def settle(self) -> None:
-        """Return once nothing that was written waits for the disk."""
+        """Return once nothing that was written waits for the disk; it may be mounted elsewhere then."""
         os.sync()
 
     def drop_caches(self) -> None:
@@ -99,6 +110,9 @@ class Xfs(System):
         pass
 
     def close(self) -> None:
+        pass
+
+    def kill(self) -> None:
         pass
 
     def load(self, source: Path) -> None:
@@ -141,6 +155,10 @@ class Served(System):
         server, self._server = self._server, None
         if server is not None:
             server.stop()
+
+    def kill(self) -> None:
+        if server := self._server:
+            server.kill()
 
     def load(self, source: Path) -> None:
         copy_in(source, self.directory)
@@ -194,6 +212,11 @@ class ImgfsTwoWorkers(Imgfs):
     workers = 2
 
 
+class ImgfsAsItComes(Imgfs):
+    name = "imgfs, as it comes"
+    workers = min(WORKERS_DEFAULT_MAX, os.cpu_count() or 1)
+
+
 class Passing(Served):
     """A program that passes every request on to the XFS below."""
 
@@ -238,10 +261,27 @@ class Passthrough(Passing):
         return "" if shutil.which("gcc") and shutil.which("pkg-config") else "there is no gcc or pkg-config"
 
     def command(self, point: Path) -> Sequence[str | Path]:
-        # It holds every file open that the kernel knows.
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _descriptors_max()
         options = f"source={self.below},cache=always,timeout=86400"
         return "prlimit", f"--nofile={most}:{most}", _passthrough(self.site), "-f", "-o", options, point
+
+    def files_max(self) -> int:
+        """It holds every file open that the kernel knows, and no limit on that may be lifted without a privilege."""
+        return _descriptors_max() * 9 // 10
+
+    def settle(self) -> None:
+        """Also what it holds open is let go: at its limit `close(dup(fd))` of its flush says EBADF for EMFILE."""
+        self.unmount()
+        super().settle()
+        self.mount()
+
+
+def _descriptors_max() -> int:
+    """Return how many files a process that is started here may have open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found = re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    may_raise = found is not None and int(found[1], 16) & _CAP_SYS_RESOURCE
+    return int(Path("/proc/sys/fs/nr_open").read_text()) if may_raise else most
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +18,7 @@ from mounted import wait_until
 
 from bench.__main__ import BENCHES
 from bench.commands import Failed
+from bench.commands import run as run_command
 from bench.lineup import ALL, line_up
 from bench.measure import read_files, timed
 from bench.needles import image_data
@@ -29,6 +31,7 @@ from bench.systems import Bindfs, Passing, System, Xfs
 from bench.targets import TARGETS, Target, summary_table
 from bench.throttle import capped, no_cap
 from bench.trees import make_tree
+from bench.watch import within
 from imgfs.check import check_volumes
 from imgfs.settings import MIB
 from imgfs.store import ROOT, Store
@@ -179,6 +182,51 @@ def test_neighbour_that_fails_is_a_note(site: Path) -> None:
     assert "Without broken: it failed here" in said
     assert "Without failing: it failed here: it broke." in said
     assert not _left_of(site)
+
+
+class _Hanging(Passing):
+    """A real mount whose server stops answering."""
+
+    name = "hanging"
+
+    def command(self, point: Path) -> list[str | Path]:
+        return ["bindfs", "-f", self.below, point]
+
+
+@pytest.mark.mount
+@pytest.mark.root
+def test_neighbour_that_hangs_is_a_note(site: Path) -> None:
+    """Whether the bench waits in a request that is never answered, or for somebody else."""
+    result = Result("some", "Some")
+    waits: list[str] = []
+
+    def measure(system: System, number: int) -> dict[str, float]:
+        if isinstance(system, _Hanging):
+            waits.append("asked")
+            os.kill(system.server.pid, signal.SIGSTOP)
+            (system.directory / "new").mkdir()
+            raise AssertionError("who is stopped has answered")
+        if isinstance(system, _Failing):
+            waits.append("waited")
+            run_command("sleep", "1000")
+        return {"/s": number + 1.0}
+
+    with open_site(str(site)) as here, line_up(here, 400 << 20, result, (Xfs, _Hanging, _Failing)) as lineup:
+        lineup.deadline_s = 1.0
+        assert lineup.take_turns(2, "looking", measure) == {"/s": {"XFS": [1.0, 2.0]}}
+    assert waits == ["asked", "waited"]
+    said = " ".join(result.notes)
+    assert "Without hanging: it failed here" in said
+    assert "Without failing: it failed here: it took more than 1 s." in said
+    assert not _left_of(site)
+
+
+def test_step_that_is_in_time_is_not_cut_off() -> None:
+    cut: list[str] = []
+    with within(0.2, lambda: cut.append("cut")):
+        pass
+    assert timed(lambda: time.sleep(0.4)) > 0.3
+    assert not cut
 
 
 @pytest.mark.mount
