@@ -171,16 +171,15 @@ class Tree(View):
         """
 
         def change(_: int) -> int:
-            count = self._free_among(images[:IMAGES_AT_ONCE])
-            words = self._memory.words
+            words, count = self._memory.words, 0
             # Slots that rested long enough are taken one by one, as their turn comes.
-            if words[Word.FREE_COUNT] <= self.settings.rest_slots and words[Word.SLOTS] + count <= SLOTS_MAX:
+            if words[Word.FREE_COUNT] <= self.settings.rest_slots:
+                count = self._free_among(images[: min(IMAGES_AT_ONCE, SLOTS_MAX - words[Word.SLOTS])])
+            if count:
                 try:
                     count = self._images.writer().append_images(images[:count], words[Word.SLOTS])
                 except (StoreFull, StoreLimit):
                     count = 0  # one may still go in
-            else:
-                count = 0
             if not count:
                 parent, name, data, uid, gid, mode, mtime_ns = images[0]
                 self.put(parent, name, data, len(data), mode=mode, uid=uid, gid=gid, mtime_ns=mtime_ns)
