@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from imgfs.ahead import FileRead, ReadAhead, read_into
 from imgfs.batch import NewImage
 from imgfs.errors import (
     Damaged,
@@ -118,6 +119,7 @@ class _Import:
         self._pairs = SameFiles()
         self._xattrs = FileXattrs(store, self._tally, observer)
         self._gathered = Gathered(store, self._tally, _ENTRY_ERRORS, self._skip)
+        self._ahead = ReadAhead(self._xattrs.has_none, self._flush)
         # Directories whose entries are all in the store, or gathered.
         self._left: list[_Imported] = []
         self._as_root = os.geteuid() == 0
@@ -138,7 +140,10 @@ class _Import:
                     pending.extend(self._enter(step))
         finally:
             # However this ends, what was counted is in the store.
-            self._flush()
+            try:
+                self._flush()
+            finally:
+                self._ahead.close()
         self._store.sync()
         return self._tally
 
@@ -200,11 +205,17 @@ class _Import:
             try:
                 for batch in batches(scan):
                     batch.sort(key=os.DirEntry.inode)
+                    others = []
                     for entry in batch:
                         if entry.is_dir(follow_symlinks=False):
                             later.append(_Enter(entry.path, 0, inode, entry.name))
                         else:
-                            self._entry(entry, inode, empty)
+                            others.append((entry, entry.is_file(follow_symlinks=False)))
+                    # With `resume` most of them may be there.
+                    ahead = empty or not self._resume
+                    self._ahead.ask(path, [entry.name for entry, is_file in others if is_file and ahead])
+                    for entry, is_file in others:
+                        self._entry(entry, is_file, inode, empty)
             except OSError as error:
                 self._skip(path, reason(error))
         return later
@@ -215,12 +226,12 @@ class _Import:
         if step.fresh:
             self._store.set_attr(step.inode, mtime_ns=status.st_mtime_ns)
         else:
-            uid, gid, mode = self._owner(status)
+            uid, gid, mode = self._owner_of(status)
             self._store.set_attr(step.inode, mode=mode, uid=uid, gid=gid, mtime_ns=status.st_mtime_ns)
 
     def _directory(self, parent: int, name: bytes, status: os.stat_result) -> tuple[int, bool]:
         """Return the inode of a directory of the store, and whether it was made now."""
-        uid, gid, mode = self._owner(status)
+        uid, gid, mode = self._owner_of(status)
         try:
             inode = self._store.mkdir(parent, name, mode, uid, gid)
         except Exists:
@@ -231,10 +242,10 @@ class _Import:
         self._tally.directories += 1
         return inode, True
 
-    def _entry(self, entry: "os.DirEntry[bytes]", directory: int, empty: bool) -> None:
+    def _entry(self, entry: "os.DirEntry[bytes]", is_file: bool, directory: int, empty: bool) -> None:
         """Copy what is no directory into *directory*, which was *empty* before this copy, or not."""
         try:
-            if entry.is_file(follow_symlinks=False):
+            if is_file:
                 self._image(entry, directory, empty)
             else:
                 self._gathered.flush()
@@ -254,10 +265,14 @@ class _Import:
 
     def _image(self, entry: "os.DirEntry[bytes]", directory: int, empty: bool) -> None:
         known = None
+        read = self._ahead.take()
         if not empty and (self._resume or self._store.any_rare()):
             known = self._known(directory, entry.name)
         if self._resume and known is not None and self._is_there(entry, known):
             self._xattrs.bring_in(entry.path, entry.path, known.inode, fresh=False)
+            return
+        if known is None and read is not None:
+            self._gather(read, entry, directory)
             return
         try:
             file = os.open(entry.path, _READ_FLAGS)
@@ -265,23 +280,28 @@ class _Import:
             raise _SourceFailed(reason(error)) from None
         try:
             status = os.fstat(file)
-            if known is None and self._gather(file, status, entry, directory):
+            if known is None and status.st_nlink < 2 and status.st_size <= SMALL_BYTES and self._xattrs.has_none(file):
+                self._gather(self._read(file, status), entry, directory)
                 return
             self._gathered.flush()
             self._put(file, status, entry, directory, empty, known)
         finally:
             os.close(file)
 
-    def _gather(self, file: int, status: os.stat_result, entry: "os.DirEntry[bytes]", directory: int) -> bool:
-        """Let the image in *file* be stored with others; return False if it is one that goes on its own."""
-        if status.st_nlink > 1 or status.st_size > SMALL_BYTES or not self._xattrs.has_none(file):
-            return False
-        data = _read_into(file, self._gathered.room(status.st_size))
-        mtime_ns = storable_ns(status.st_mtime_ns)
-        self._gathered.add(NewImage(directory, entry.name, data, *self._owner(status), mtime_ns), entry.path)
+    def _read(self, file: int, status: os.stat_result) -> FileRead:
+        """Return what is in *file*, at most a MiB."""
+        try:
+            data = read_into(file, self._gathered.room(status.st_size))
+        except OSError as error:
+            raise _SourceFailed(reason(error)) from None
+        return FileRead(data, status.st_mode, status.st_uid, status.st_gid, storable_ns(status.st_mtime_ns))
+
+    def _gather(self, read: FileRead, entry: "os.DirEntry[bytes]", directory: int) -> None:
+        """Let the image that was *read* be stored with others."""
+        owner = self._owner(read.uid, read.gid, read.mode)
+        self._gathered.add(NewImage(directory, entry.name, read.data, *owner, read.mtime_ns), entry.path)
         if self._gathered.is_full():
             self._flush()
-        return True
 
     def _put(
         self,
@@ -307,7 +327,7 @@ class _Import:
                 size = len(data)
             else:
                 data = self._pieces(file, size)
-            uid, gid, mode = self._owner(status)
+            uid, gid, mode = self._owner_of(status)
 
             def put(name: bytes) -> int:
                 mtime_ns = status.st_mtime_ns
@@ -368,7 +388,7 @@ class _Import:
         type_bits = stat.S_IFMT(status.st_mode)
         if type_bits in DEVICES and not self._as_root:
             raise _SourceFailed("only root can copy a device")
-        uid, gid, mode = self._owner(status)
+        uid, gid, mode = self._owner_of(status)
 
         def make(name: bytes) -> int:
             if target is not None:
@@ -452,14 +472,17 @@ class _Import:
 
     # -- the rest ---------------------------------------------------------------------------------------------
 
-    def _owner(self, status: os.stat_result) -> tuple[int, int, int]:
-        """Return uid, gid and mode; who is not root cannot give files away, nor a set-id bit with them."""
-        mode = stat.S_IMODE(status.st_mode)
+    def _owner(self, uid: int, gid: int, mode: int) -> tuple[int, int, int]:
+        """Return uid, gid and mode to store; who is not root cannot give files away, nor a set-id bit with them."""
+        mode = stat.S_IMODE(mode)
         if self._as_root:
-            return status.st_uid, status.st_gid, mode
-        if (status.st_uid, status.st_gid) != (self._uid, self._gid):
+            return uid, gid, mode
+        if (uid, gid) != (self._uid, self._gid):
             mode &= ~(stat.S_ISUID | stat.S_ISGID)
         return self._uid, self._gid, mode
+
+    def _owner_of(self, status: os.stat_result) -> tuple[int, int, int]:
+        return self._owner(status.st_uid, status.st_gid, status.st_mode)
 
     def _skip(self, path: bytes, reason: str) -> None:
         self._tally.skipped += 1
@@ -475,14 +498,3 @@ def _read_whole(file: int, size: int) -> bytes:
     except OSError as error:
         raise _SourceFailed(reason(error)) from None
     return data
-
-
-def _read_into(file: int, room: memoryview) -> memoryview:
-    """Fill *room* with what is in *file* from where it stands; return less of it only where *file* ends."""
-    try:
-        done = os.readv(file, [room])
-        while done < len(room) and (more := os.readv(file, [room[done:]])):
-            done += more
-    except OSError as error:
-        raise _SourceFailed(reason(error)) from None
-    return room[:done]

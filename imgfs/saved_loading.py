@@ -4,10 +4,14 @@ Owns the rule when `saved.table` is believed (docs/crash.md): every byte of it h
 header, size and last needle are those it names. The index files are verified as at any other start. Must not know what
 records mean.
 
-*Concurrency:* runs before the store is shared, with a thread of its own that only reads index files.
+*Concurrency:* runs before the store is shared, with a thread of its own that only takes the pieces into the memory.
+Both wait for the disk, and let go of the interpreter while they sum up.
 """
 
 import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -15,7 +19,7 @@ from crc32c import crc32c
 
 from imgfs.disk import Disk
 from imgfs.errors import Damaged
-from imgfs.format import INDEX_RECORD_BYTES
+from imgfs.format import INDEX_RECORD_BYTES, NEEDLE_HEADER_BYTES_MAX, NEEDLES_START
 from imgfs.index import Names, index_paths
 from imgfs.layout import ARENA_AT, LINKS_AT, PAGE, VOLUME, VOLUME_GONE, VOLUME_SEALED, VOLUMES_AT, Word
 from imgfs.recover import Tail
@@ -26,6 +30,19 @@ from imgfs.volume import Volume
 from imgfs.volumes import VOLUMES, OpenVolume, Volumes, volume_path
 
 log = logging.getLogger(__name__)
+
+# So much is asked of the disk before it is read. Index files are small, and each begins with a wait for its inode.
+_AHEAD_BYTES = 16 << 20
+
+
+class _IndexFile(NamedTuple):
+    """An open index file, and what it must be: *size* bytes with that checksum, and *last* behind them."""
+
+    file: int
+    path: str
+    size: int
+    crc: int
+    last: bytes
 
 
 class Loaded(NamedTuple):
@@ -71,6 +88,7 @@ class _Loading:
         self._memory = table.memory
         self._file = file
         self._volumes = volumes
+        self._in_vain = threading.Event()
 
     def run(self, store_id: bytes, *, writable: bool) -> Loaded:
         """Load it. Damaged, if it is not right; then the memory holds parts of it."""
@@ -80,12 +98,15 @@ class _Loading:
             raise Damaged("it is that of another store")
         if not (writable or _is_in_order(front.volumes)):
             raise Damaged("its volumes are in another order than a reader has them")
-        found = self._open(front)
-        # Beside the pieces: both wait for the disk, and let go of the interpreter while they sum up.
         with ThreadPoolExecutor(1) as beside:
-            verified = beside.submit(self._verify_indexes, found)
-            self._read(front)
-            verified.result()
+            read = beside.submit(self._read, front)
+            try:
+                found = self._open(front)
+                self._verify_indexes(found)
+            except BaseException:
+                self._in_vain.set()
+                raise
+            read.result()
         self._set(front)
         row, ending = front.volumes[header.active], found[header.active]
         assert ending.final is not None
@@ -103,6 +124,8 @@ class _Loading:
         if sorted(expected) != [f"{self._directory}/{name}" for name in self._disk.names(self._directory)]:
             raise Damaged("there are other volumes")
         opened: dict[int, Volume] = {}
+        for number, row in rows.items():
+            self._prefetch_ends(paths[number], row.size)
         for number, row in rows.items():
             volume = Volume.open(self._disk, paths[number])
             try:
@@ -130,11 +153,24 @@ class _Loading:
             raise Damaged("the volume that comes last is not there")
         return found
 
+    def _prefetch_ends(self, path: str, size: int) -> None:
+        """Let the disk begin to read the header and the last needle of a volume, while others are asked for theirs."""
+        file = self._disk.open(path)
+        try:
+            self._disk.prefetch(file, 0, NEEDLES_START)
+            self._disk.prefetch(file, max(0, size - NEEDLE_HEADER_BYTES_MAX), NEEDLE_HEADER_BYTES_MAX)
+        finally:
+            self._disk.close(file)
+
     def _read(self, front: Front) -> None:
         """Take the pieces into the memory. Damaged."""
         seed, at = piece_seed(front.header), front_bytes(front.header)
         with memoryview(bytearray(PIECE_BYTES)) as buffer:
+            self._disk.prefetch(self._file, at, _AHEAD_BYTES)
             for number, (start, size) in enumerate(pieces(front.header)):
+                if self._in_vain.is_set():
+                    return
+                self._disk.prefetch(self._file, at + _AHEAD_BYTES, size)
                 with buffer[:size] as piece:
                     read_piece(self._disk, self._file, at, piece, front.sums[number], seed, number)
                     self._store(start, piece)
@@ -166,21 +202,41 @@ class _Loading:
 
     def _verify_indexes(self, found: dict[int, Ending]) -> None:
         """Read the index files of all volumes. Damaged, unless each of them is what its volume says."""
+        opened: deque[_IndexFile] = deque()
+        ahead_bytes = 0
+        try:
+            for index_file in self._index_files(found):
+                opened.append(index_file)
+                ahead_bytes += index_file.size
+                while ahead_bytes > _AHEAD_BYTES:
+                    ahead_bytes -= opened[0].size
+                    self._verify(opened[0])
+                    self._disk.close(opened.popleft().file)
+            for index_file in opened:
+                self._verify(index_file)
+        finally:
+            for index_file in opened:
+                self._disk.close(index_file.file)
+
+    def _index_files(self, found: dict[int, Ending]) -> Iterator[_IndexFile]:
+        """Open the index files one after the other, and let the disk begin to read them."""
         for number, ending in found.items():
             paths, state, last = index_paths(self._volumes.get(number).volume.path), ending.state, ending.last_record()
             records_bytes = state.records * INDEX_RECORD_BYTES
-            self._verify(paths.records, records_bytes, state.records_crc, last)
-            self._verify(paths.names, state.names_bytes, state.names_crc, b"")
+            for path, size, crc, behind in (
+                (paths.records, records_bytes, state.records_crc, last),
+                (paths.names, state.names_bytes, state.names_crc, b""),
+            ):
+                file = self._disk.open(path)
+                self._disk.prefetch(file, 0, size)
+                yield _IndexFile(file, path, size, crc, behind)
 
-    def _verify(self, path: str, size: int, crc: int, last: bytes) -> None:
-        """Make sure that the file at *path* is *size* bytes with that checksum and *last* behind them. Damaged."""
-        file = self._disk.open(path)
-        try:
-            right = self._disk.size(file) == size + len(last) and self._crc(file, size) == crc
-            if not right or self._disk.read(file, size, len(last)) != last:
-                raise Damaged(f"{path} is not what its volume says")
-        finally:
-            self._disk.close(file)
+    def _verify(self, index_file: _IndexFile) -> None:
+        """Make sure that *index_file* is what its volume says. Damaged."""
+        file, path, size, crc, last = index_file
+        right = self._disk.size(file) == size + len(last) and self._crc(file, size) == crc
+        if not right or self._disk.read(file, size, len(last)) != last:
+            raise Damaged(f"{path} is not what its volume says")
 
     def _crc(self, file: int, size: int) -> int:
         """Return the checksum of the first *size* bytes of *file*."""
