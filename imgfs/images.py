@@ -310,7 +310,7 @@ class Images:
             try:
                 log.check_room(len(data))
                 number = self.stage(inode)
-                size = self._staging.entry(number).size
+                size = self._staging.state(number).size
                 if offset > size:
                     self._staging.truncate(number, size)  # a killed writer may have left bytes behind the end
                 self._staging.write(number, offset, data)
@@ -329,7 +329,7 @@ class Images:
         if size > IMAGE_BYTES_MAX:
             raise TooLarge("an image has at most 4 GiB - 1 bytes")
         number = self.stage(inode, empty=size == 0)
-        old = self._staging.entry(number).size
+        old = self._staging.state(number).size
         if size > old:
             self.writer().check_room(size - old)
             self._staging.truncate(number, old)  # as in `write`
@@ -344,24 +344,24 @@ class Images:
         """Keep what lacks a write from becoming the image: whoever ignores the error must not lose the old one."""
         number = self._staging.find(inode)
         if number >= 0:
-            entry = self._staging.entry(number)
-            self._staging.update(number, entry._replace(flags=entry.flags | SPOILED))
+            state = self._staging.state(number)
+            self._staging.update(number, state._replace(flags=state.flags | SPOILED))
 
     def _dirty(self, number: int, size: int) -> None:
         now = self.writer().now_ns()
-        entry = self._staging.entry(number)
-        flags = entry.flags | DIRTY if size else (entry.flags | DIRTY) & ~SPOILED
-        self._staging.update(number, entry._replace(flags=flags, size=size, mtime_ns=now, ctime_ns=now))
+        flags, owner, _, _, _ = self._staging.state(number)
+        flags = flags | DIRTY if size else (flags | DIRTY) & ~SPOILED
+        self._staging.update(number, (flags, owner, size, now, now))
 
     def set_staged(self, inode: int, *, owner: int | None = None, mtime_ns: int | None = None) -> None:
         """Within the lock: change what the needle of a dirty image will say."""
         number = self._staging.find(inode)
-        entry = self._staging.entry(number)
+        state = self._staging.state(number)
         self._staging.update(
             number,
-            entry._replace(
-                owner=entry.owner if owner is None else owner,
-                mtime_ns=entry.mtime_ns if mtime_ns is None else mtime_ns,
+            state._replace(
+                owner=state.owner if owner is None else owner,
+                mtime_ns=state.mtime_ns if mtime_ns is None else mtime_ns,
                 ctime_ns=self.writer().now_ns(),
             ),
         )
@@ -383,37 +383,28 @@ class Images:
         number = self._staging.find(inode)
         if number < 0:
             return
-        entry = self._staging.entry(number)
-        record = self.record(inode)
-        if not entry.dirty or not record.live:
+        flags, owner, size, mtime_ns, ctime_ns = self._staging.state(number)
+        if not flags & DIRTY:
             return
-        if entry.flags & SPOILED:
+        record = self.record(inode)
+        if not record.live:
+            return
+        if flags & SPOILED:
             raise StoreFull("the disk was full when this image was written; the old one stays")
-        uid, gid, mode = self._table.owner(entry.owner)
+        uid, gid, mode = self._table.owner(owner)
         parent, name = self.own_name(inode, record)
-        needle = Needle(
-            record.kind,
-            inode,
-            parent,
-            name,
-            entry.size,
-            mode,
-            uid,
-            gid,
-            mtime_ns=entry.mtime_ns,
-            ctime_ns=entry.ctime_ns,
-        )
+        needle = Needle(record.kind, inode, parent, name, size, mode, uid, gid, 0, mtime_ns, ctime_ns)
         second = None
-        if entry.flags & ATTRIBUTED:
+        if flags & ATTRIBUTED:
             attributes = self.waiting_attributes(inode)
             second = Part(Needle(Kind.XATTR, inode, data_size=len(attributes)), [attributes], None)
-        if entry.size <= SMALL_BYTES:
-            data = self._staging.read(number, 0, entry.size)
-            if len(data) < entry.size:  # the file is sparse at its end
-                data += bytes(entry.size - len(data))
+        if size <= SMALL_BYTES:
+            data = self._staging.read(number, 0, size)
+            if len(data) < size:  # the file is sparse at its end
+                data += bytes(size - len(data))
             self.writer().append(needle, [data] if data else [], second=second, staged=number)
         else:
-            pieces = self._staged_pieces(number, entry.size)
+            pieces = self._staged_pieces(number, size)
             self.writer().append(needle, [], large=pieces, second=second, staged=number)
 
     def waiting_attributes(self, inode: int) -> bytes:
@@ -423,7 +414,7 @@ class Images:
             DiskFailure: they cannot be read, perhaps because that needle came meanwhile.
         """
         number = self._staging.find(inode)
-        if number < 0 or not self._staging.entry(number).flags & ATTRIBUTED:
+        if number < 0 or not self._staging.state(number).flags & ATTRIBUTED:
             return b""
         try:
             return self._staging.attributes(number)
@@ -434,9 +425,9 @@ class Images:
         """Return directory and name of *inode*, which has *record*; 0 and nothing if only links name it."""
         directory = record.parent - 1
         parent = inode_of(directory, self._table.record(directory).generation)
-        staged = self.staged(inode) if record.flags & Flag.UNBORN else None
-        if staged is not None:
-            return parent, staged.name
+        number = self._staging.find(inode) if record.flags & Flag.UNBORN else -1
+        if number >= 0:
+            return parent, self._staging.name(number)
         if not record.name_offset:
             return parent, b""
         return parent, self._volumes.get(record.name_volume).names.get(record.name_offset)
@@ -451,16 +442,17 @@ class Images:
         """Within the lock: forget what is staged of *inode*, which was put anew; its writers go on from there."""
         number = self._staging.find(inode)
         if number >= 0:
-            self._end(number, inode)
+            self._end(number, inode, self._table.record(slot_of(inode)))
 
-    def _end(self, number: int, inode: int) -> None:
-        """Forget entry *number*, which is that of *inode*, and in the same step that it was staged."""
-        slot = slot_of(inode)
-        record = self._table.record(slot)
+    def _end(self, number: int, inode: int, record: Record) -> None:
+        """Forget entry *number*, which is that of *inode*, and in the same step that it was staged.
+
+        *record* is what stands in its slot, which may have been given away.
+        """
         with self._table.memory.change():
             self._staging.withdraw(number)
             if record.generation == inode >> 32:
-                self._table.set_flags(slot, record.flags & ~Flag.STAGED)
+                self._table.set_flags(slot_of(inode), record.flags & ~Flag.STAGED)
         self._staging.free(number)
 
     def is_left_over(self, inode: int) -> bool:
@@ -470,13 +462,16 @@ class Images:
 
     def end_staging(self, inode: int) -> None:
         """Within the lock: forget what is staged of *inode*, once nobody can write to it or, unlinked, read it."""
-        number = self._staging.find(inode)
         slot = slot_of(inode)
         record = self._table.record(slot)
-        current = record.generation == inode >> 32
-        needed = current and (self._handles.writers(inode) if record.live else self._handles.in_use(slot))
-        if number >= 0 and not needed:
-            self._end(number, inode)
+        if record.generation == inode >> 32:
+            if not record.flags & Flag.STAGED:
+                return
+            if self._handles.writers(inode) if record.live else self._handles.in_use(slot):
+                return
+        number = self._staging.find(inode)
+        if number >= 0:
+            self._end(number, inode, record)
 
 
 def _size_of(value: Whole | bytes) -> int:

@@ -478,11 +478,7 @@ class Store(Xattrs):
                 self._images.commit(inode)
             finally:
                 self._handles.release(handle)
-                record = self._images.record(inode)
-                if record.flags & Flag.UNBORN and record.live and not self._handles.writers(inode):
-                    with self._memory.change():
-                        self._table.delete_unborn(slot_of(inode), now_ns)
-                self._images.end_staging(inode)
+                self._drop_unneeded(inode, now_ns)
 
         self._locked(change)
 
