@@ -13,8 +13,8 @@ being written stands in shared memory; each process opens the files for itself w
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from crc32c import crc32c
@@ -89,6 +89,19 @@ class Part(NamedTuple):
     data: Sequence[Buffer] = ()
     sums: Checksums | None = NO_DATA
     large: Iterable[Buffer] | None = None
+
+
+class _DiskErrors:
+    """What the disk says becomes an error of the store, about the file at *path*."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise disk_error(error, self._path) from error
 
 
 class Active:
@@ -172,12 +185,8 @@ class Active:
             words[Word.NAMES_CRC],
         )
 
-    @contextmanager
-    def _disk_errors(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise disk_error(error, path) from error
+    def _disk_errors(self, path: str) -> AbstractContextManager[None]:
+        return _DiskErrors(path)
 
     # -- failures ---------------------------------------------------------------------------------------------
 

@@ -32,10 +32,11 @@ from imgfs.layout import VOLUME_SEALED, Flag
 from imgfs.log import SMALL_BYTES, Log, Part
 from imgfs.records import Record
 from imgfs.settings import MIB
-from imgfs.staging import ATTRIBUTED, DIRTY, SPOILED, Staged, Staging
+from imgfs.staging import ATTRIBUTED, DIRTY, SPOILED, Staged, Staging, State
 from imgfs.table import Table
 from imgfs.volumes import Volumes
 
+_KIND = Flag.KIND
 # An image up to this size is verified as a whole when it is opened; of a larger one each MiB when it is read.
 VERIFIED_AT_OPEN = 4 * MIB
 # Verified bytes are kept so that the reads that follow an open need no further call: this much, no more.
@@ -85,8 +86,8 @@ class Images:
         Raises:
             Stale: the slot belongs to another image by now, or to none.
         """
-        record = self._table.whole_record(slot_of(inode))
-        if not record.flags & Flag.KIND or record.generation != inode >> 32:
+        record = self._table.whole_record((inode & 0xFFFF_FFFF) - 1)
+        if not record.flags & _KIND or record.hash_generation >> 24 != inode >> 32:
             raise Stale(f"inode {inode:#x} is gone")
         return record
 
@@ -291,6 +292,11 @@ class Images:
         entry = self._staging.look(number) if number >= 0 else None
         return entry if entry is not None and entry.inode == inode else None
 
+    def staged_state(self, inode: int) -> State | None:
+        """Return the state of what is staged of *inode*, None if it is not being written."""
+        number = self._staging.find(inode)
+        return self._staging.look_state(number, inode) if number >= 0 else None
+
     def write(self, handle: int, offset: int, data: Buffer, *, last_try: bool = True) -> int:
         """Stage *data* at *offset* of an image open for writing; return its length.
 
@@ -368,8 +374,8 @@ class Images:
 
     def dirty_bytes(self, inode: int) -> int:
         """Return how many bytes a flush of *inode* would copy, 0 if it has nothing to do."""
-        entry = self.staged(inode)
-        return entry.size + 1 if entry is not None and entry.dirty else 0
+        state = self.staged_state(inode)
+        return state.size + 1 if state is not None and state.flags & DIRTY else 0
 
     def commit(self, inode: int) -> None:
         """Within the lock: if *inode* is dirty, make what is staged the image, in one needle.

@@ -26,10 +26,9 @@ from imgfs.format import (
     Kind,
     Needle,
     PreviousEnd,
-    aligned,
 )
 from imgfs.index import checkpoint
-from imgfs.layout import VOLUME_SEALED, Word
+from imgfs.layout import Word
 from imgfs.records import Place
 from imgfs.requests import NOBODY
 from imgfs.settings import MIB
@@ -115,7 +114,7 @@ class Log(Batches):
             words[Word.DURABLE] = words[Word.ACTIVE_END]
 
     def _is_sealed(self) -> bool:
-        return bool(self._table.volume(self._words[Word.ACTIVE]).flags & VOLUME_SEALED)
+        return self._table.is_sealed(self._words[Word.ACTIVE])
 
     def must_roll(self, size: int) -> bool:
         """Return whether appending *size* bytes may have to seal the volume first, which waits for the disk."""
@@ -137,7 +136,8 @@ class Log(Batches):
 
     def _limit(self) -> int:
         """Return where a volume ends at most, but for its seal."""
-        return min(self._settings.volume_bytes_max, VOLUME_BYTES_LIMIT - _END_BYTES)
+        wanted = self._settings.volume_bytes_max
+        return min(VOLUME_BYTES_LIMIT - _END_BYTES, wanted)
 
     # -- appending --------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class Log(Batches):
             DiskFailure: the disk refused; store and table are as before, or the store takes no more changes.
         """
         self._mend()
-        length = aligned(needle.length) + (aligned(second.needle.length) if second is not None else 0)
+        length = needle.length + (second.needle.length if second is not None else 0)
         if (needle.kind in PUT_KINDS or needle.data_size) and not self._has_room(length):
             raise StoreFull("the disk is full: delete images or add space")
         with self._disk_errors(self.volume.path):

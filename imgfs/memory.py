@@ -41,6 +41,7 @@ _U16 = struct.Struct("<H")
 _U32 = struct.Struct("<I")
 # Each change of the store does these some ten times: plain globals are found faster than attributes of a class.
 _COUNTER, _JOURNAL, _APPENDING = Word.COUNTER, Word.JOURNAL, Word.APPENDING
+_TRY = fcntl.LOCK_EX | fcntl.LOCK_NB
 _ENTRY_BYTES, _pack_entry = JOURNAL_ENTRY.size, JOURNAL_ENTRY.pack_into
 _MAP_NORESERVE = 0x4000
 # A reader that finds the counter odd for so long no longer believes that the writer lives.
@@ -195,11 +196,11 @@ class Memory:
 
     def try_acquire(self) -> bool:
         """Enter `lock` and return True, or return False at once if another thread or process is in it."""
-        if not self._thread_lock.acquire(blocking=False):
+        if not self._thread_lock.acquire(False):
             return False
         if not self._lock_depth:
             try:
-                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._lock_file, _TRY)
             except BlockingIOError:
                 self._thread_lock.release()
                 return False

@@ -27,6 +27,8 @@ _EMPTY = 16  # flag of an entry that nobody finds: its file holds nothing
 _EMPTY_STATE = STAGED_STATE.pack(_EMPTY, 0, 0, 0, 0)
 
 _U64 = struct.Struct("<Q")
+_INODE_AND_STATE = struct.Struct("<Q" + STAGED_STATE.format.removeprefix("<"))
+assert AT_STAGED_STATE == 8
 _REMEMBERED = 64
 _AT_NAME = STAGED.size - 256  # its length in one byte, then the name
 
@@ -140,6 +142,15 @@ class Staging:
         if before & 1 or words[Word.COUNTER] != before:
             return self._memory.consistent(lambda: self.entry(number))
         return entry
+
+    def look_state(self, number: int, inode: int) -> State | None:
+        """Return the state of entry *number*, as `look`; None if it is not that of *inode*."""
+        words, at = self._memory.words, STAGED_AT + STAGED_BYTES * number
+        before = words[Word.COUNTER]
+        found = _INODE_AND_STATE.unpack_from(self._memory.map, at)
+        if before & 1 or words[Word.COUNTER] != before:
+            found = self._memory.consistent(lambda: _INODE_AND_STATE.unpack_from(self._memory.map, at))
+        return _state(State, found[1:]) if found[0] == inode else None
 
     def put(self, number: int, state: tuple[int, int, int, int, int]) -> None:
         """Within `Memory.change`: make *state*, the fields of a `State`, that of entry *number*."""

@@ -54,9 +54,13 @@ class Tree(View):
 
     def _locked(self, change: Callable[[int], T]) -> T:
         """Run *change* as the only writer, with the time of the change in ns."""
-        log = self._images.writer()
-        with log.lock():
+        log, memory = self._images.writer(), self._memory
+        # As `with memory.lock()`, in half the time.
+        memory.acquire()
+        try:
             return change(log.now_ns())
+        finally:
+            memory.release()
 
     def _applied(self, inode: int) -> None:
         """Within `Memory.change`: mark the request in hand as applied where no needle does it."""
@@ -68,11 +72,8 @@ class Tree(View):
         """Make sure that *name* can be given in *parent*."""
         if self._directory(parent).flags & Flag.DEAD:
             raise NotFound("the directory was removed")
-        try:
-            self._lookup(parent, name)
-        except NotFound:
-            return
-        raise Exists(f"{name!r} is there already")
+        if self._find_in(slot_of(parent), name)[1]:
+            raise Exists(f"{name!r} is there already")
 
     def _new_inode(self) -> int:
         slot, generation = self._table.next_slot(self.settings.rest_slots, self._handles.in_use)
