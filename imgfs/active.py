@@ -121,7 +121,7 @@ class Active:
         # The rows of requests and the one in hand, and what is told of a staging entry that a needle holds now.
         self.requests: Requests | None = None
         self.requester = NOBODY
-        self.unstage: Callable[[int], None] | None = None
+        self.unstage: Callable[[int, bool], None] | None = None
         self._memory.on_unfinished = self.carry_on
 
     def after_fork(self) -> None:
@@ -203,10 +203,11 @@ class Active:
 
     # -- writing ----------------------------------------------------------------------------------------------
 
-    def _write(self, *parts: Part, row: int = NOBODY, staged: int = -1) -> Place:
+    def _write(self, *parts: Part, row: int = NOBODY, staged: int = -1, ended: bool = False) -> Place:
         """Append *parts* and apply them in one step; return where the first lies.
 
-        They are what the request in *row* asks for, and hold what is in the staging entry *staged*.
+        They are what the request in *row* asks for, and hold what is in the staging entry *staged*, which is *ended* or
+        goes on.
         """
         before = state = self.state()
         volume, words = self.volume, self._words
@@ -229,7 +230,7 @@ class Active:
                     volume.write_large_needle(state.end, needle, part.large)
                 place, state = self._write_index(needle, state)
                 places.append(place)
-            self._apply([part.needle for part in parts], places, state, row, staged)
+            self._apply([part.needle for part in parts], places, state, row, staged, ended=ended)
         except (Exception, KeyboardInterrupt):
             self._undo(before)
             raise
@@ -253,7 +254,16 @@ class Active:
         )
         return Place(self._words[Word.ACTIVE], state.end, name_offset), after
 
-    def _apply(self, needles: list[Needle], places: list[Place], state: IndexState, row: int, staged: int) -> None:
+    def _apply(
+        self,
+        needles: list[Needle],
+        places: list[Place],
+        state: IndexState,
+        row: int,
+        staged: int,
+        *,
+        ended: bool = False,
+    ) -> None:
         """Do to the table what *needles* say, in one step with all else that must be so then."""
         memory = self._memory
         first, last = needles[0], needles[-1]
@@ -269,7 +279,7 @@ class Active:
             if row >= 0 and self.requests is not None:
                 self.requests.applied(row, first.extra_u64(Tag.TARGET) if first.kind == Kind.LINK else first.inode)
             if staged >= 0 and self.unstage is not None:
-                self.unstage(staged)
+                self.unstage(staged, ended)
 
     def _progress(self, state: IndexState) -> None:
         """Within `Memory.change`: say that the files reach *state*, and that nothing is being appended any more."""

@@ -1,13 +1,11 @@
 """Reading and writing the bytes of images: verified when opened, staged while written, one needle when flushed.
 
-Owns the cache of verified bytes. Must not know names or directories; those are the store's.
+Owns what of them is verified when. Must not know names or directories; those are the store's.
 
 *Concurrency:* reading takes no lock: a record is read, then the disk, then the record again, and if it moved
 meanwhile the read starts over. Writing and flushing hold the table's lock.
 """
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -34,13 +32,12 @@ from imgfs.records import Record
 from imgfs.settings import MIB
 from imgfs.staging import ATTRIBUTED, DIRTY, SPOILED, Staged, Staging, State
 from imgfs.table import Table
+from imgfs.verified import Verified
 from imgfs.volumes import Volumes
 
 _KIND = Flag.KIND
 # An image up to this size is verified as a whole when it is opened; of a larger one each MiB when it is read.
 VERIFIED_AT_OPEN = 4 * MIB
-# Verified bytes are kept so that the reads that follow an open need no further call: this much, no more.
-_CACHE_BYTES = 8 * MIB
 # An image that one read takes whole, and that is in memory, is verified again then: that costs less than to keep it.
 _NOT_KEPT_BYTES = 128 << 10
 
@@ -71,14 +68,12 @@ class Images:
         self._staging = staging
         self._log = log
         if log is not None:
-            log.unstage = staging.clean
-        self._cache: OrderedDict[tuple[int, int, int], Whole | bytes] = OrderedDict()
-        self._cache_bytes = 0
-        self._cache_lock = threading.Lock()
+            log.unstage = self._unstage
+        self._kept: Verified[Whole | bytes] = Verified()
 
     def after_fork(self) -> None:
         """Be a process of its own."""
-        self._cache_lock = threading.Lock()
+        self._kept.after_fork()
 
     def record(self, inode: int) -> Record:
         """Return the record of *inode*, also while it rests after its image was unlinked.
@@ -139,7 +134,7 @@ class Images:
         """
         key = self._key(record, -1)
         if not fresh:
-            cached = self._cached(key)
+            cached = self._kept.get(key)
             if isinstance(cached, Whole):
                 return cached
         volume = self._volumes.get(record.volume).volume
@@ -163,7 +158,7 @@ class Images:
             sums = volume.footer_of(needle, offset, nowait=nowait)
         whole = Whole(needle, offset, sums, content)
         if not nowait or record.size > _NOT_KEPT_BYTES:
-            self._keep(key, whole, len(content or b"") + 1024)
+            self._kept.keep(key, whole, len(content or b"") + 1024)
         return whole
 
     def read(self, inode: int, offset: int, size: int, *, nowait: bool = False) -> bytes | memoryview:
@@ -212,7 +207,7 @@ class Images:
     def _chunk(self, record: Record, whole: Whole, index: int, *, nowait: bool) -> bytes:
         """Return the MiB number *index* of a large image, verified."""
         key = self._key(record, index)
-        cached = self._cached(key)
+        cached = self._kept.get(key)
         if isinstance(cached, bytes):
             return cached
         volume = self._volumes.get(record.volume).volume
@@ -222,30 +217,12 @@ class Images:
         if checksums(data).data != whole.sums.chunks[index]:
             volume_id = volume.header.volume_id
             raise Damaged(f"volume {volume_id}, offset {whole.offset}: bytes {at} to {at + size} are damaged")
-        self._keep(key, data, len(data))
+        self._kept.keep(key, data, len(data))
         return data
 
     def _key(self, record: Record, index: int) -> tuple[int, int, int]:
         # The row of a volume that was removed is given to another.
         return record.volume | self._volumes.gone << 16, record.offset8, index
-
-    def _cached(self, key: tuple[int, int, int]) -> Whole | bytes | None:
-        with self._cache_lock:
-            value = self._cache.get(key)
-            if value is not None:
-                self._cache.move_to_end(key)
-            return value
-
-    def _keep(self, key: tuple[int, int, int], value: Whole | bytes, size: int) -> None:
-        with self._cache_lock:
-            old = self._cache.pop(key, None)
-            if old is not None:
-                self._cache_bytes -= _size_of(old)
-            self._cache[key] = value
-            self._cache_bytes += size
-            while self._cache_bytes > _CACHE_BYTES:
-                _, dropped = self._cache.popitem(last=False)
-                self._cache_bytes -= _size_of(dropped)
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -294,6 +271,8 @@ class Images:
 
     def staged_state(self, inode: int) -> State | None:
         """Return the state of what is staged of *inode*, None if it is not being written."""
+        if not self._table.record(slot_of(inode)).flags & Flag.STAGED:
+            return None
         number = self._staging.find(inode)
         return self._staging.look_state(number, inode) if number >= 0 else None
 
@@ -377,8 +356,11 @@ class Images:
         state = self.staged_state(inode)
         return state.size + 1 if state is not None and state.flags & DIRTY else 0
 
-    def commit(self, inode: int) -> None:
+    def commit(self, inode: int, *, closing: bool = False) -> None:
         """Within the lock: if *inode* is dirty, make what is staged the image, in one needle.
+
+        *closing*: its writer is not expected to go on. If it is the only one, and would find little to stage anew, what
+        is staged is ended in the same step: that costs half of what it costs to end it later.
 
         An image that was unlinked meanwhile is left as it is: nobody can find it after a crash.
 
@@ -386,6 +368,8 @@ class Images:
             StoreFull, DiskFailure: as `Log.append`, StoreFull also if a write had found the disk full; the old image is
                 whole, and what is staged stays.
         """
+        if not self._table.record(slot_of(inode)).flags & Flag.STAGED:
+            return
         number = self._staging.find(inode)
         if number < 0:
             return
@@ -405,13 +389,25 @@ class Images:
             attributes = self.waiting_attributes(inode)
             second = Part(Needle(Kind.XATTR, inode, data_size=len(attributes)), [attributes], None)
         if size <= SMALL_BYTES:
+            ended = closing and self._handles.writers(inode) == 1
             data = self._staging.read(number, 0, size)
             if len(data) < size:  # the file is sparse at its end
                 data += bytes(size - len(data))
-            self.writer().append(needle, [data] if data else [], second=second, staged=number)
+            self.writer().append(needle, [data] if data else [], second=second, staged=number, ended=ended)
+            if ended:
+                self._staging.free(number)
         else:
             pieces = self._staged_pieces(number, size)
             self.writer().append(needle, [], large=pieces, second=second, staged=number)
+
+    def _unstage(self, number: int, ended: bool) -> None:
+        """Within `Memory.change`: needles hold what is in entry *number*; if it is *ended* nobody finds it any more."""
+        if not ended:
+            self._staging.clean(number)
+            return
+        inode = self._staging.withdraw(number)
+        slot = slot_of(inode)
+        self._table.set_flags(slot, self._table.record(slot).flags & ~Flag.STAGED)
 
     def waiting_attributes(self, inode: int) -> bytes:
         """Return the packed extended attributes that wait for the first needle of *inode*.
@@ -461,6 +457,11 @@ class Images:
                 self._table.set_flags(slot_of(inode), record.flags & ~Flag.STAGED)
         self._staging.free(number)
 
+    def is_staged(self, inode: int) -> bool:
+        """Return whether *inode* is being written, or the slot it had belongs to another."""
+        record = self._table.whole_record(slot_of(inode))
+        return record.flags & Flag.STAGED != 0 or record.generation != inode >> 32
+
     def is_left_over(self, inode: int) -> bool:
         """Return whether *inode* is unlinked and something is staged of it still, for those who have it open."""
         record = self._table.whole_record(slot_of(inode))
@@ -478,9 +479,3 @@ class Images:
         number = self._staging.find(inode)
         if number >= 0:
             self._end(number, inode, record)
-
-
-def _size_of(value: Whole | bytes) -> int:
-    if isinstance(value, Whole):
-        return len(value.data or b"") + 1024
-    return len(value)

@@ -151,12 +151,14 @@ class Log(Batches):
         second: Part | None = None,
         answers: bool = False,
         staged: int = -1,
+        ended: bool = False,
     ) -> Place:
         """Append *needle* and do what it says to the table; return where it lies.
 
         Its `data_size` bytes are the buffers in *data*, or come from *large* in pieces. Sets sequence number, commit
         time, durable mark and owner. *second* is appended with it: both of them count, or none.
-        *answers*: this is all that the request in hand asks for. *staged*: it holds what is in that staging entry.
+        *answers*: this is all that the request in hand asks for. *staged*: it holds what is in that staging entry, and
+        with *ended* nobody is going to need that any more.
 
         Raises:
             StoreFull: no room on the disk; store and table are as before.
@@ -176,7 +178,7 @@ class Log(Batches):
             for part in parts:
                 if part.needle.kind in OWNED_KINDS:
                     self._define_owner(part.needle)
-            return self._write(*parts, row=self.requester if answers else NOBODY, staged=staged)
+            return self._write(*parts, row=self.requester if answers else NOBODY, staged=staged, ended=ended)
 
     def append_images(self, images: Sequence[NewImage], first: int) -> int:
         """Append the first of *images* that fit into this volume; return how many, which may be none.

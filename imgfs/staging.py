@@ -208,10 +208,15 @@ class Staging:
         self._memory.put(STAGED_AT + STAGED_BYTES * number, inode.to_bytes(8, "little"))
         self._numbers[inode] = number
 
-    def withdraw(self, number: int) -> None:
-        """Within `Memory.change`, the one that says so in the table: let nobody find entry *number*; `free` follows."""
-        self._numbers.pop(self._inode(number), None)
+    def withdraw(self, number: int) -> int:
+        """Within `Memory.change`, the one that says so in the table: let nobody find entry *number*; `free` follows.
+
+        Return the inode it was of.
+        """
+        inode = self._inode(number)
+        self._numbers.pop(inode, None)
         self._memory.put(STAGED_AT + STAGED_BYTES * number, bytes(8))
+        return inode
 
     def free(self, number: int) -> None:
         """Free the bytes of entry *number*, which nobody finds."""

@@ -155,6 +155,19 @@ def flush(store: Store) -> Scene:
     return Scene(lambda worker: worker.flush(handle), once=False)
 
 
+def close(store: Store) -> Scene:
+    _, handle = store.create_image(ROOT, b"a", 0o644, 1, 1)
+    store.write(handle, 0, b"bytes")
+    return Scene(lambda worker: worker.flush(handle, closing=True), once=False)
+
+
+def close_one_of_two(store: Store) -> Scene:
+    inode, handle = store.create_image(ROOT, b"a", 0o644, 1, 1)
+    store.open_image(inode, write=True)
+    store.write(handle, 0, b"bytes")
+    return Scene(lambda worker: worker.flush(handle, closing=True), once=False)
+
+
 def flush_with_attributes(store: Store) -> Scene:
     inode, handle = store.create_image(ROOT, b"a", 0o644, 1, 1)
     store.write(handle, 0, b"bytes")
@@ -252,6 +265,8 @@ SCENES: dict[str, Callable[[Store], Scene]] = {
         first_write,
         write_past_the_end,
         flush,
+        close,
+        close_one_of_two,
         flush_with_attributes,
         flush_what_is_large,
         release,
