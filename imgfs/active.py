@@ -43,6 +43,7 @@ from imgfs.volume import Volume
 from imgfs.volumes import volume_path
 
 NO_DATA = Checksums(0, ())
+_CHECKPOINT, _LINK = int(Kind.CHECKPOINT), int(Kind.LINK)
 # Data up to this size is written in one call with its header and footer.
 SMALL_BYTES = 1 * MIB
 # Python has no name for it.
@@ -272,12 +273,12 @@ class Active:
                 self._table.apply(needle, place)
             memory.put_word(Word.NEXT_SEQUENCE, last.sequence + 1)
             self._progress(state)
-            if last.kind == Kind.CHECKPOINT and last.flags & FLAG_SEAL:
+            if last.kind == _CHECKPOINT and last.flags & FLAG_SEAL:
                 entry = places[-1].volume
                 row_of = self._table.volume(entry)
                 self._table.set_volume(entry, row_of._replace(end=state.end, flags=VOLUME_SEALED))
             if row >= 0 and self.requests is not None:
-                self.requests.applied(row, first.extra_u64(Tag.TARGET) if first.kind == Kind.LINK else first.inode)
+                self.requests.applied(row, first.extra_u64(Tag.TARGET) if first.kind == _LINK else first.inode)
             if staged >= 0 and self.unstage is not None:
                 self.unstage(staged, ended)
 

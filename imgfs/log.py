@@ -169,16 +169,17 @@ class Log(Batches):
         length = needle.length + (second.needle.length if second is not None else 0)
         if (needle.kind in PUT_KINDS or needle.data_size) and not self._has_room(length):
             raise StoreFull("the disk is full: delete images or add space")
+        row = self.requester if answers else NOBODY
         with self._disk_errors(self.volume.path):
             self._make_room(needle, length)
-            parts = [Part(needle, data, sums, large)]
-            if second is not None:
-                needle.flags |= FLAG_PAIR
-                parts.append(second)
-            for part in parts:
-                if part.needle.kind in OWNED_KINDS:
-                    self._define_owner(part.needle)
-            return self._write(*parts, row=self.requester if answers else NOBODY, staged=staged, ended=ended)
+            if needle.kind in OWNED_KINDS:
+                self._define_owner(needle)
+            if second is None:
+                return self._write(Part(needle, data, sums, large), row=row, staged=staged, ended=ended)
+            needle.flags |= FLAG_PAIR
+            if second.needle.kind in OWNED_KINDS:
+                self._define_owner(second.needle)
+            return self._write(Part(needle, data, sums, large), second, row=row, staged=staged, ended=ended)
 
     def append_images(self, images: Sequence[NewImage], first: int) -> int:
         """Append the first of *images* that fit into this volume; return how many, which may be none.
