@@ -210,12 +210,17 @@ class Buckets:
         count = self.children(directory)
         buckets = bucket_count(count)
         link = self._head(directory, buckets, bucket_of(self.hash_of(slot), buckets))
-        for other in self._chain(link):
-            if other == slot:
+        u32_of, mapping = _U32.unpack_from, self._map
+        # As in `find`.
+        for _ in range(_CHAIN_MAX):
+            (reference,) = u32_of(mapping, link)
+            if reference == slot + 1:
                 break
-            link = LINKS_AT + LINK_BYTES * other
+            if not reference:
+                raise Damaged(f"the entry in slot {slot} is not in the directory in slot {directory}; run imgfs check")
+            link = LINKS_AT + LINK_BYTES * (reference - 1)
         else:
-            raise Damaged(f"the entry in slot {slot} is not in the directory in slot {directory}; run imgfs check")
+            raise AssertionError("the records of a bucket form a ring")
         following = LINKS_AT + LINK_BYTES * slot
         self._memory.put(link, self._map[following : following + LINK_BYTES])
         if bucket_count(count - 1) < buckets:
