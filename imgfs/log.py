@@ -13,7 +13,7 @@ from contextlib import suppress
 from imgfs.active import SMALL_BYTES, Part, Range
 from imgfs.batch import IMAGES_AT_ONCE, Batches, NewImage
 from imgfs.disk import Buffer
-from imgfs.errors import DiskFailure, ImgfsError, StoreFull
+from imgfs.errors import DiskFailure, ImgfsError, StoreFull, disk_error
 from imgfs.format import (
     FLAG_PAIR,
     NAMES_BYTES_LIMIT,
@@ -169,8 +169,9 @@ class Log(Batches):
         length = needle.length + (second.needle.length if second is not None else 0)
         if (needle.kind in PUT_KINDS or needle.data_size) and not self._has_room(length):
             raise StoreFull("the disk is full: delete images or add space")
-        row = self.requester if answers else NOBODY
-        with self._disk_errors(self.volume.path):
+        row, path = self.requester if answers else NOBODY, self.volume.path
+        # As `with self._disk_errors(path)`, which costs something even where nothing goes wrong.
+        try:
             self._make_room(needle, length)
             if needle.kind in OWNED_KINDS:
                 self._define_owner(needle)
@@ -180,6 +181,8 @@ class Log(Batches):
             if second.needle.kind in OWNED_KINDS:
                 self._define_owner(second.needle)
             return self._write(Part(needle, data, sums, large), second, row=row, staged=staged, ended=ended)
+        except OSError as error:
+            raise disk_error(error, path) from error
 
     def append_images(self, images: Sequence[NewImage], first: int) -> int:
         """Append the first of *images* that fit into this volume; return how many, which may be none.

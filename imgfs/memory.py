@@ -41,6 +41,7 @@ _U16 = struct.Struct("<H")
 _U32 = struct.Struct("<I")
 # Each change of the store does these some ten times: plain globals are found faster than attributes of a class.
 _COUNTER, _JOURNAL, _APPENDING = Word.COUNTER, Word.JOURNAL, Word.APPENDING
+_pack_word = struct.Struct("<Q").pack
 _TRY = fcntl.LOCK_EX | fcntl.LOCK_NB
 _ENTRY_BYTES, _pack_entry = JOURNAL_ENTRY.size, JOURNAL_ENTRY.pack_into
 _MAP_NORESERVE = 0x4000
@@ -259,7 +260,7 @@ class Memory:
 
     def put_word(self, word: int, value: int) -> None:
         """Within `change`: store *value* in a 64-bit word."""
-        self.put(WORDS_AT + 8 * word, value.to_bytes(8, "little"))
+        self.put(WORDS_AT + 8 * word, _pack_word(value))
 
     def fill(self, offset: int, data: bytes | memoryview) -> None:
         """Store *data* where nothing points yet; a rolled-back change leaves it behind, unseen."""
