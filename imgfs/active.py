@@ -13,8 +13,8 @@ being written stands in shared memory; each process opens the files for itself w
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from crc32c import crc32c
@@ -43,6 +43,7 @@ from imgfs.volume import Volume
 from imgfs.volumes import volume_path
 
 NO_DATA = Checksums(0, ())
+_CHECKPOINT, _LINK = int(Kind.CHECKPOINT), int(Kind.LINK)
 # Data up to this size is written in one call with its header and footer.
 SMALL_BYTES = 1 * MIB
 # Python has no name for it.
@@ -91,6 +92,19 @@ class Part(NamedTuple):
     large: Iterable[Buffer] | None = None
 
 
+class _DiskErrors:
+    """What the disk says becomes an error of the store, about the file at *path*."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise disk_error(error, self._path) from error
+
+
 class Active:
     """The end of a store that is open for writing."""
 
@@ -108,7 +122,7 @@ class Active:
         # The rows of requests and the one in hand, and what is told of a staging entry that a needle holds now.
         self.requests: Requests | None = None
         self.requester = NOBODY
-        self.unstage: Callable[[int], None] | None = None
+        self.unstage: Callable[[int, bool], None] | None = None
         self._memory.on_unfinished = self.carry_on
 
     def after_fork(self) -> None:
@@ -172,12 +186,8 @@ class Active:
             words[Word.NAMES_CRC],
         )
 
-    @contextmanager
-    def _disk_errors(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise disk_error(error, path) from error
+    def _disk_errors(self, path: str) -> AbstractContextManager[None]:
+        return _DiskErrors(path)
 
     # -- failures ---------------------------------------------------------------------------------------------
 
@@ -194,10 +204,11 @@ class Active:
 
     # -- writing ----------------------------------------------------------------------------------------------
 
-    def _write(self, *parts: Part, row: int = NOBODY, staged: int = -1) -> Place:
+    def _write(self, *parts: Part, row: int = NOBODY, staged: int = -1, ended: bool = False) -> Place:
         """Append *parts* and apply them in one step; return where the first lies.
 
-        They are what the request in *row* asks for, and hold what is in the staging entry *staged*.
+        They are what the request in *row* asks for, and hold what is in the staging entry *staged*, which is *ended* or
+        goes on.
         """
         before = state = self.state()
         volume, words = self.volume, self._words
@@ -220,7 +231,7 @@ class Active:
                     volume.write_large_needle(state.end, needle, part.large)
                 place, state = self._write_index(needle, state)
                 places.append(place)
-            self._apply([part.needle for part in parts], places, state, row, staged)
+            self._apply([part.needle for part in parts], places, state, row, staged, ended=ended)
         except (Exception, KeyboardInterrupt):
             self._undo(before)
             raise
@@ -244,7 +255,16 @@ class Active:
         )
         return Place(self._words[Word.ACTIVE], state.end, name_offset), after
 
-    def _apply(self, needles: list[Needle], places: list[Place], state: IndexState, row: int, staged: int) -> None:
+    def _apply(
+        self,
+        needles: list[Needle],
+        places: list[Place],
+        state: IndexState,
+        row: int,
+        staged: int,
+        *,
+        ended: bool = False,
+    ) -> None:
         """Do to the table what *needles* say, in one step with all else that must be so then."""
         memory = self._memory
         first, last = needles[0], needles[-1]
@@ -253,14 +273,14 @@ class Active:
                 self._table.apply(needle, place)
             memory.put_word(Word.NEXT_SEQUENCE, last.sequence + 1)
             self._progress(state)
-            if last.kind == Kind.CHECKPOINT and last.flags & FLAG_SEAL:
+            if last.kind == _CHECKPOINT and last.flags & FLAG_SEAL:
                 entry = places[-1].volume
                 row_of = self._table.volume(entry)
                 self._table.set_volume(entry, row_of._replace(end=state.end, flags=VOLUME_SEALED))
             if row >= 0 and self.requests is not None:
-                self.requests.applied(row, first.extra_u64(Tag.TARGET) if first.kind == Kind.LINK else first.inode)
+                self.requests.applied(row, first.extra_u64(Tag.TARGET) if first.kind == _LINK else first.inode)
             if staged >= 0 and self.unstage is not None:
-                self.unstage(staged)
+                self.unstage(staged, ended)
 
     def _progress(self, state: IndexState) -> None:
         """Within `Memory.change`: say that the files reach *state*, and that nothing is being appended any more."""

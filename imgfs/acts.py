@@ -19,6 +19,7 @@ from imgfs.store import PERMISSIONS, Attr, Store
 # What programs are told to read and write at once: as much as the kernel asks for in one request by default.
 BLOCK_BYTES = 128 << 10
 
+_SET_ID = stat.S_ISUID | stat.S_ISGID
 # The mode of a special file says its type itself.
 _TYPE_BITS = {Kind.FILE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK, Kind.SPECIAL: 0}
 
@@ -120,8 +121,8 @@ class Acts:
 
     def group_in(self, directory: int, gid: int) -> tuple[int, int]:
         """Return the group of what *gid* creates in *directory*, and the mode bit a new directory there inherits."""
-        attr = self._store.attr(directory)
-        return (attr.gid, stat.S_ISGID) if attr.mode & stat.S_ISGID else (gid, 0)
+        _, its_gid, mode = self._store.owner(directory)
+        return (its_gid, stat.S_ISGID) if mode & stat.S_ISGID else (gid, 0)
 
     def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int, thread: int) -> tuple[int, int]:
         """Make an image for *thread*; return (inode, handle). As `Store.create_image`."""
@@ -138,12 +139,12 @@ class Acts:
     def mode_without_set_id(self, inode: int) -> int | None:
         """Return the mode that image *inode* has left when others changed it; None if that is the one it has."""
         # The kernel leaves this to us, for libfuse promises it (FUSE_CAP_HANDLE_KILLPRIV).
-        attr = self._store.attr(inode)
-        if not attr.mode & (stat.S_ISUID | stat.S_ISGID) or attr.kind != Kind.FILE:
+        mode = self._store.owner(inode)[2]
+        if not mode & _SET_ID or self._store.attr(inode).kind != Kind.FILE:
             return None
         # Without the group's x bit, set-gid once meant mandatory locking, not a privilege.
-        drop = stat.S_ISUID | (stat.S_ISGID if attr.mode & stat.S_IXGRP else 0)
-        return attr.mode & ~drop if attr.mode & drop else None
+        drop = stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0)
+        return mode & ~drop if mode & drop else None
 
     def loses_privileges(self, inode: int) -> bool:
         """Return whether *inode*, whose bytes change, has anything to lose that it was trusted with."""

@@ -33,6 +33,7 @@ from imgfs.memory import Memory
 
 _U32 = struct.Struct("<I")
 _HASH_BITS = 24
+_HASHES_AT = RECORDS_AT + AT_HASH  # the hash of slot 0
 _LOAD = 4  # records per bucket: one byte of bucket memory per record
 BUCKETS_MAX = 1 << _HASH_BITS
 _ONE_BUCKET_MAX = 2 * _LOAD  # below this the directory's own record holds its only bucket
@@ -112,8 +113,18 @@ class Buckets:
     def find(self, directory: int, value: int) -> list[int]:
         """Return the slots of the children of *directory* whose name hash is *value*."""
         buckets = bucket_count(self.children(directory))
-        head = self._head(directory, buckets, bucket_of(value, buckets))
-        return [slot for slot in self._chain(head) if self.hash_of(slot) == value]
+        u32_of, mapping = _U32.unpack_from, self._map
+        (reference,) = u32_of(mapping, self._head(directory, buckets, bucket_of(value, buckets)))
+        found: list[int] = []
+        # As `_chain` goes, written out: every lookup comes here.
+        for _ in range(_CHAIN_MAX):
+            if not reference:
+                return found
+            slot = reference - 1
+            if u32_of(mapping, _HASHES_AT + RECORD_BYTES * slot)[0] & 0xFF_FFFF == value:
+                found.append(slot)
+            (reference,) = u32_of(mapping, LINKS_AT + LINK_BYTES * slot)
+        raise AssertionError("the records of a bucket form a ring")
 
     def first_known(self, directory: int, values: Sequence[int]) -> int:
         """Return the place in *values* of the first that is the name hash of a child of *directory*, else their count.
@@ -169,9 +180,10 @@ class Buckets:
         if buckets > bucket_count(count):
             self._split(directory, buckets - 1)
         head = self._head(directory, buckets, bucket_of(self.hash_of(slot), buckets))
-        self._memory.put_u32(LINKS_AT + LINK_BYTES * slot, self._u32(head))
-        self._memory.put_u32(head, slot + 1)
-        self._memory.put_u32(record_at(directory) + AT_CHILDREN, count + 1)
+        put, u32 = self._memory.put, _U32.pack
+        put(LINKS_AT + LINK_BYTES * slot, self._map[head : head + BUCKET_BYTES])
+        put(head, u32(slot + 1))
+        put(record_at(directory) + AT_CHILDREN, u32(count + 1))
 
     def extend(self, directory: int, first: int, values: Sequence[int]) -> None:
         """Make the slots from *first* on, which were never used and get the hashes *values*, children of *directory*.
@@ -198,13 +210,19 @@ class Buckets:
         count = self.children(directory)
         buckets = bucket_count(count)
         link = self._head(directory, buckets, bucket_of(self.hash_of(slot), buckets))
-        for other in self._chain(link):
-            if other == slot:
+        u32_of, mapping = _U32.unpack_from, self._map
+        # As in `find`.
+        for _ in range(_CHAIN_MAX):
+            (reference,) = u32_of(mapping, link)
+            if reference == slot + 1:
                 break
-            link = LINKS_AT + LINK_BYTES * other
+            if not reference:
+                raise Damaged(f"the entry in slot {slot} is not in the directory in slot {directory}; run imgfs check")
+            link = LINKS_AT + LINK_BYTES * (reference - 1)
         else:
-            raise Damaged(f"the entry in slot {slot} is not in the directory in slot {directory}; run imgfs check")
-        self._memory.put_u32(link, self._u32(LINKS_AT + LINK_BYTES * slot))
+            raise AssertionError("the records of a bucket form a ring")
+        following = LINKS_AT + LINK_BYTES * slot
+        self._memory.put(link, self._map[following : following + LINK_BYTES])
         if bucket_count(count - 1) < buckets:
             self._merge(directory, buckets - 1)
         self._memory.put_u32(record_at(directory) + AT_CHILDREN, count - 1)

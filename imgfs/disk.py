@@ -90,7 +90,7 @@ class Disk:
         """
         if nowait and self._nowait_flag:
             return bytes(self.read_resident(file, offset, size))
-        data = os.pread(file, min(size, _READ_BYTES_MAX), offset)
+        data = os.pread(file, min(_READ_BYTES_MAX, size), offset)
         if len(data) == size or not data:
             return data
         parts = [data]
@@ -136,7 +136,9 @@ class Disk:
         """Write *buffers* one after the other at *offset*, all of them or an OSError."""
         left = sum(map(len, buffers))
         while left:
-            done = os.pwritev(file, buffers[:_IOV_MAX], offset)
+            # A single one without the list of buffers that the kernel would copy.
+            one = len(buffers) == 1
+            done = os.pwrite(file, buffers[0], offset) if one else os.pwritev(file, buffers[:_IOV_MAX], offset)
             offset += done
             left -= done
             if left:

@@ -183,13 +183,13 @@ class Express:
         handle = _HANDLE.unpack_from(asked.body)[0]
         size = self._store.flush_bytes(handle)
         if size:
-            self._calls.at_once(asked.row, size, self._store.flush, handle)
+            self._calls.at_once(asked.row, size, self._store.flush, handle, closing=True)
         return replies.done(asked.unique)
 
     def _release(self, asked: Asked) -> Reply | None:
         store = self._store
         handle = _HANDLE.unpack_from(asked.body)[0]
-        if not store.may_write(handle):
+        if not store.has_staged(handle):
             store.release(handle)
         elif store.flush_bytes(handle):
             return None

@@ -48,6 +48,8 @@ class Kind(enum.IntEnum):
     CHECKPOINT = 12
 
 
+# Plain numbers, for what is done with every needle: a name of an enum takes as long as a call.
+_SPECIAL, _LINK = int(Kind.SPECIAL), int(Kind.LINK)
 PUT_KINDS = frozenset({Kind.FILE, Kind.DIRECTORY, Kind.SYMLINK, Kind.SPECIAL, Kind.LINK})
 # Kinds that say owner and mode of their inode.
 OWNED_KINDS = PUT_KINDS - {Kind.LINK} | {Kind.ATTRIBUTES}
@@ -261,7 +263,8 @@ class Needle:
     def length(self) -> int:
         """Length of the whole needle in bytes, up to the next multiple of 8."""
         size = self.data_size
-        return aligned(self.header_bytes + len(self.name) + size + (footer_bytes(size) if size else 0))
+        length = self.header_bytes + len(self.name) + size + (footer_bytes(size) if size else 0)
+        return -(-length // ALIGNMENT) * ALIGNMENT
 
     def extra_u64(self, tag: Tag) -> int:
         """Return the number in extra field *tag*, 0 where there is none."""
@@ -271,14 +274,14 @@ class Needle:
     @property
     def record_size(self) -> int:
         """What a record keeps of this put as its size: of a link the slot + 1 of its target, else bytes of data."""
-        if self.kind == Kind.LINK:
+        if self.kind == _LINK:
             return slot_of(self.extra_u64(Tag.TARGET)) + 1
-        return self.extra_u64(Tag.DEVICE) if self.kind == Kind.SPECIAL else self.data_size
+        return self.extra_u64(Tag.DEVICE) if self.kind == _SPECIAL else self.data_size
 
     @property
     def record_owner(self) -> int:
         """What a record keeps of this put as its owner: of a link the generation of its target."""
-        return self.extra_u64(Tag.TARGET) >> 32 if self.kind == Kind.LINK else self.owner
+        return self.extra_u64(Tag.TARGET) >> 32 if self.kind == _LINK else self.owner
 
 
 def aligned(size: int) -> int:
@@ -403,7 +406,9 @@ def pack_footer(sums: Checksums, data_size: int, header_checksum: int) -> bytes:
     """Return the footer behind *data_size* bytes of data, and the zeros that are part of it; see `footer_bytes`."""
     if not data_size:
         return b""
-    body = b"".join(map(_CHUNK_CRC.pack, sums.chunks)) + _CHUNK_CRC.pack(sums.data)
+    body = _CHUNK_CRC.pack(sums.data)
+    if sums.chunks:
+        body = b"".join(map(_CHUNK_CRC.pack, sums.chunks)) + body
     return body + _CHUNK_CRC.pack(crc32c(body, header_checksum & 0xFFFF_FFFF))
 
 
@@ -479,7 +484,8 @@ def storable_ns(time_ns: int) -> int:
 
 def seconds(time_ns: int) -> int:
     """Return the whole seconds of *time_ns* as records hold them: 32 bits, from 1970 to 2106."""
-    return min(max(time_ns // 1_000_000_000, 0), 0xFFFF_FFFF)
+    time_s = time_ns // 1_000_000_000
+    return time_s if 0 <= time_s <= 0xFFFF_FFFF else 0 if time_s < 0 else 0xFFFF_FFFF
 
 
 def name_hash(name: bytes, seed: int) -> int:

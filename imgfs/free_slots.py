@@ -8,10 +8,14 @@ Must not know what was in a slot.
 
 import struct
 
-from imgfs.layout import LINK_BYTES, LINKS_AT, Word
+from imgfs.layout import LINK_BYTES, LINKS_AT, WORDS_AT, Word
 from imgfs.memory import Memory
 
 _U32 = struct.Struct("<I")
+# Head, tail and count.
+_QUEUE = struct.Struct("<3Q")
+_QUEUE_AT = WORDS_AT + 8 * Word.FREE_HEAD
+assert (Word.FREE_TAIL, Word.FREE_COUNT) == (Word.FREE_HEAD + 1, Word.FREE_HEAD + 2)
 
 
 class FreeSlots:
@@ -36,11 +40,9 @@ class FreeSlots:
         following = self._following(slot)
         if previous:
             self._memory.put_u32(LINKS_AT + LINK_BYTES * (previous - 1), following)
-        else:
-            self._memory.put_word(Word.FREE_HEAD, following)
-        if not following:
-            self._memory.put_word(Word.FREE_TAIL, previous)
-        self._memory.put_word(Word.FREE_COUNT, words[Word.FREE_COUNT] - 1)
+        head = words[Word.FREE_HEAD] if previous else following
+        tail = words[Word.FREE_TAIL] if following else previous
+        self._memory.put(_QUEUE_AT, _QUEUE.pack(head, tail, words[Word.FREE_COUNT] - 1))
 
     def push(self, slot: int) -> None:
         """Put *slot* at the end of the queue."""
@@ -49,7 +51,6 @@ class FreeSlots:
         tail = words[Word.FREE_TAIL]
         if tail:
             self._memory.put_u32(LINKS_AT + LINK_BYTES * (tail - 1), slot + 1)
-        else:
-            self._memory.put_word(Word.FREE_HEAD, slot + 1)
-        self._memory.put_word(Word.FREE_TAIL, slot + 1)
-        self._memory.put_word(Word.FREE_COUNT, words[Word.FREE_COUNT] + 1)
+        head = words[Word.FREE_HEAD] if tail else slot + 1
+        # One entry of the journal for all three.
+        self._memory.put(_QUEUE_AT, _QUEUE.pack(head, slot + 1, words[Word.FREE_COUNT] + 1))

@@ -1,13 +1,11 @@
 """Reading and writing the bytes of images: verified when opened, staged while written, one needle when flushed.
 
-Owns the cache of verified bytes. Must not know names or directories; those are the store's.
+Owns what of them is verified when. Must not know names or directories; those are the store's.
 
 *Concurrency:* reading takes no lock: a record is read, then the disk, then the record again, and if it moved
 meanwhile the read starts over. Writing and flushing hold the table's lock.
 """
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,14 +30,14 @@ from imgfs.layout import VOLUME_SEALED, Flag
 from imgfs.log import SMALL_BYTES, Log, Part
 from imgfs.records import Record
 from imgfs.settings import MIB
-from imgfs.staging import ATTRIBUTED, DIRTY, SPOILED, Staged, Staging
+from imgfs.staging import ATTRIBUTED, DIRTY, SPOILED, Staged, Staging, State
 from imgfs.table import Table
+from imgfs.verified import Verified
 from imgfs.volumes import Volumes
 
+_KIND = Flag.KIND
 # An image up to this size is verified as a whole when it is opened; of a larger one each MiB when it is read.
 VERIFIED_AT_OPEN = 4 * MIB
-# Verified bytes are kept so that the reads that follow an open need no further call: this much, no more.
-_CACHE_BYTES = 8 * MIB
 # An image that one read takes whole, and that is in memory, is verified again then: that costs less than to keep it.
 _NOT_KEPT_BYTES = 128 << 10
 
@@ -70,14 +68,12 @@ class Images:
         self._staging = staging
         self._log = log
         if log is not None:
-            log.unstage = staging.clean
-        self._cache: OrderedDict[tuple[int, int, int], Whole | bytes] = OrderedDict()
-        self._cache_bytes = 0
-        self._cache_lock = threading.Lock()
+            log.unstage = self._unstage
+        self._kept: Verified[Whole | bytes] = Verified()
 
     def after_fork(self) -> None:
         """Be a process of its own."""
-        self._cache_lock = threading.Lock()
+        self._kept.after_fork()
 
     def record(self, inode: int) -> Record:
         """Return the record of *inode*, also while it rests after its image was unlinked.
@@ -85,8 +81,8 @@ class Images:
         Raises:
             Stale: the slot belongs to another image by now, or to none.
         """
-        record = self._table.whole_record(slot_of(inode))
-        if not record.flags & Flag.KIND or record.generation != inode >> 32:
+        record = self._table.whole_record((inode & 0xFFFF_FFFF) - 1)
+        if not record.flags & _KIND or record.hash_generation >> 24 != inode >> 32:
             raise Stale(f"inode {inode:#x} is gone")
         return record
 
@@ -138,7 +134,7 @@ class Images:
         """
         key = self._key(record, -1)
         if not fresh:
-            cached = self._cached(key)
+            cached = self._kept.get(key)
             if isinstance(cached, Whole):
                 return cached
         volume = self._volumes.get(record.volume).volume
@@ -162,7 +158,7 @@ class Images:
             sums = volume.footer_of(needle, offset, nowait=nowait)
         whole = Whole(needle, offset, sums, content)
         if not nowait or record.size > _NOT_KEPT_BYTES:
-            self._keep(key, whole, len(content or b"") + 1024)
+            self._kept.keep(key, whole, len(content or b"") + 1024)
         return whole
 
     def read(self, inode: int, offset: int, size: int, *, nowait: bool = False) -> bytes | memoryview:
@@ -211,7 +207,7 @@ class Images:
     def _chunk(self, record: Record, whole: Whole, index: int, *, nowait: bool) -> bytes:
         """Return the MiB number *index* of a large image, verified."""
         key = self._key(record, index)
-        cached = self._cached(key)
+        cached = self._kept.get(key)
         if isinstance(cached, bytes):
             return cached
         volume = self._volumes.get(record.volume).volume
@@ -221,30 +217,12 @@ class Images:
         if checksums(data).data != whole.sums.chunks[index]:
             volume_id = volume.header.volume_id
             raise Damaged(f"volume {volume_id}, offset {whole.offset}: bytes {at} to {at + size} are damaged")
-        self._keep(key, data, len(data))
+        self._kept.keep(key, data, len(data))
         return data
 
     def _key(self, record: Record, index: int) -> tuple[int, int, int]:
         # The row of a volume that was removed is given to another.
         return record.volume | self._volumes.gone << 16, record.offset8, index
-
-    def _cached(self, key: tuple[int, int, int]) -> Whole | bytes | None:
-        with self._cache_lock:
-            value = self._cache.get(key)
-            if value is not None:
-                self._cache.move_to_end(key)
-            return value
-
-    def _keep(self, key: tuple[int, int, int], value: Whole | bytes, size: int) -> None:
-        with self._cache_lock:
-            old = self._cache.pop(key, None)
-            if old is not None:
-                self._cache_bytes -= _size_of(old)
-            self._cache[key] = value
-            self._cache_bytes += size
-            while self._cache_bytes > _CACHE_BYTES:
-                _, dropped = self._cache.popitem(last=False)
-                self._cache_bytes -= _size_of(dropped)
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -291,6 +269,13 @@ class Images:
         entry = self._staging.look(number) if number >= 0 else None
         return entry if entry is not None and entry.inode == inode else None
 
+    def staged_state(self, inode: int) -> State | None:
+        """Return the state of what is staged of *inode*, None if it is not being written."""
+        if not self._table.record(slot_of(inode)).flags & Flag.STAGED:
+            return None
+        number = self._staging.find(inode)
+        return self._staging.look_state(number, inode) if number >= 0 else None
+
     def write(self, handle: int, offset: int, data: Buffer, *, last_try: bool = True) -> int:
         """Stage *data* at *offset* of an image open for writing; return its length.
 
@@ -310,7 +295,7 @@ class Images:
             try:
                 log.check_room(len(data))
                 number = self.stage(inode)
-                size = self._staging.entry(number).size
+                size = self._staging.state(number).size
                 if offset > size:
                     self._staging.truncate(number, size)  # a killed writer may have left bytes behind the end
                 self._staging.write(number, offset, data)
@@ -329,7 +314,7 @@ class Images:
         if size > IMAGE_BYTES_MAX:
             raise TooLarge("an image has at most 4 GiB - 1 bytes")
         number = self.stage(inode, empty=size == 0)
-        old = self._staging.entry(number).size
+        old = self._staging.state(number).size
         if size > old:
             self.writer().check_room(size - old)
             self._staging.truncate(number, old)  # as in `write`
@@ -344,35 +329,38 @@ class Images:
         """Keep what lacks a write from becoming the image: whoever ignores the error must not lose the old one."""
         number = self._staging.find(inode)
         if number >= 0:
-            entry = self._staging.entry(number)
-            self._staging.update(number, entry._replace(flags=entry.flags | SPOILED))
+            state = self._staging.state(number)
+            self._staging.update(number, state._replace(flags=state.flags | SPOILED))
 
     def _dirty(self, number: int, size: int) -> None:
         now = self.writer().now_ns()
-        entry = self._staging.entry(number)
-        flags = entry.flags | DIRTY if size else (entry.flags | DIRTY) & ~SPOILED
-        self._staging.update(number, entry._replace(flags=flags, size=size, mtime_ns=now, ctime_ns=now))
+        flags, owner, _, _, _ = self._staging.state(number)
+        flags = flags | DIRTY if size else (flags | DIRTY) & ~SPOILED
+        self._staging.update(number, (flags, owner, size, now, now))
 
     def set_staged(self, inode: int, *, owner: int | None = None, mtime_ns: int | None = None) -> None:
         """Within the lock: change what the needle of a dirty image will say."""
         number = self._staging.find(inode)
-        entry = self._staging.entry(number)
+        state = self._staging.state(number)
         self._staging.update(
             number,
-            entry._replace(
-                owner=entry.owner if owner is None else owner,
-                mtime_ns=entry.mtime_ns if mtime_ns is None else mtime_ns,
+            state._replace(
+                owner=state.owner if owner is None else owner,
+                mtime_ns=state.mtime_ns if mtime_ns is None else mtime_ns,
                 ctime_ns=self.writer().now_ns(),
             ),
         )
 
     def dirty_bytes(self, inode: int) -> int:
         """Return how many bytes a flush of *inode* would copy, 0 if it has nothing to do."""
-        entry = self.staged(inode)
-        return entry.size + 1 if entry is not None and entry.dirty else 0
+        state = self.staged_state(inode)
+        return state.size + 1 if state is not None and state.flags & DIRTY else 0
 
-    def commit(self, inode: int) -> None:
+    def commit(self, inode: int, *, closing: bool = False) -> None:
         """Within the lock: if *inode* is dirty, make what is staged the image, in one needle.
+
+        *closing*: its writer is not expected to go on. If it is the only one, and would find little to stage anew, what
+        is staged is ended in the same step: that costs half of what it costs to end it later.
 
         An image that was unlinked meanwhile is left as it is: nobody can find it after a crash.
 
@@ -380,41 +368,46 @@ class Images:
             StoreFull, DiskFailure: as `Log.append`, StoreFull also if a write had found the disk full; the old image is
                 whole, and what is staged stays.
         """
+        if not self._table.record(slot_of(inode)).flags & Flag.STAGED:
+            return
         number = self._staging.find(inode)
         if number < 0:
             return
-        entry = self._staging.entry(number)
-        record = self.record(inode)
-        if not entry.dirty or not record.live:
+        flags, owner, size, mtime_ns, ctime_ns = self._staging.state(number)
+        if not flags & DIRTY:
             return
-        if entry.flags & SPOILED:
+        record = self.record(inode)
+        if not record.live:
+            return
+        if flags & SPOILED:
             raise StoreFull("the disk was full when this image was written; the old one stays")
-        uid, gid, mode = self._table.owner(entry.owner)
+        uid, gid, mode = self._table.owner(owner)
         parent, name = self.own_name(inode, record)
-        needle = Needle(
-            record.kind,
-            inode,
-            parent,
-            name,
-            entry.size,
-            mode,
-            uid,
-            gid,
-            mtime_ns=entry.mtime_ns,
-            ctime_ns=entry.ctime_ns,
-        )
+        needle = Needle(record.kind, inode, parent, name, size, mode, uid, gid, 0, mtime_ns, ctime_ns)
         second = None
-        if entry.flags & ATTRIBUTED:
+        if flags & ATTRIBUTED:
             attributes = self.waiting_attributes(inode)
             second = Part(Needle(Kind.XATTR, inode, data_size=len(attributes)), [attributes], None)
-        if entry.size <= SMALL_BYTES:
-            data = self._staging.read(number, 0, entry.size)
-            if len(data) < entry.size:  # the file is sparse at its end
-                data += bytes(entry.size - len(data))
-            self.writer().append(needle, [data] if data else [], second=second, staged=number)
+        if size <= SMALL_BYTES:
+            ended = closing and self._handles.writers(inode) == 1
+            data = self._staging.read(number, 0, size)
+            if len(data) < size:  # the file is sparse at its end
+                data += bytes(size - len(data))
+            self.writer().append(needle, [data] if data else [], second=second, staged=number, ended=ended)
+            if ended:
+                self._staging.free(number)
         else:
-            pieces = self._staged_pieces(number, entry.size)
+            pieces = self._staged_pieces(number, size)
             self.writer().append(needle, [], large=pieces, second=second, staged=number)
+
+    def _unstage(self, number: int, ended: bool) -> None:
+        """Within `Memory.change`: needles hold what is in entry *number*; if it is *ended* nobody finds it any more."""
+        if not ended:
+            self._staging.clean(number)
+            return
+        inode = self._staging.withdraw(number)
+        slot = slot_of(inode)
+        self._table.set_flags(slot, self._table.record(slot).flags & ~Flag.STAGED)
 
     def waiting_attributes(self, inode: int) -> bytes:
         """Return the packed extended attributes that wait for the first needle of *inode*.
@@ -423,7 +416,7 @@ class Images:
             DiskFailure: they cannot be read, perhaps because that needle came meanwhile.
         """
         number = self._staging.find(inode)
-        if number < 0 or not self._staging.entry(number).flags & ATTRIBUTED:
+        if number < 0 or not self._staging.state(number).flags & ATTRIBUTED:
             return b""
         try:
             return self._staging.attributes(number)
@@ -434,9 +427,9 @@ class Images:
         """Return directory and name of *inode*, which has *record*; 0 and nothing if only links name it."""
         directory = record.parent - 1
         parent = inode_of(directory, self._table.record(directory).generation)
-        staged = self.staged(inode) if record.flags & Flag.UNBORN else None
-        if staged is not None:
-            return parent, staged.name
+        number = self._staging.find(inode) if record.flags & Flag.UNBORN else -1
+        if number >= 0:
+            return parent, self._staging.name(number)
         if not record.name_offset:
             return parent, b""
         return parent, self._volumes.get(record.name_volume).names.get(record.name_offset)
@@ -451,17 +444,23 @@ class Images:
         """Within the lock: forget what is staged of *inode*, which was put anew; its writers go on from there."""
         number = self._staging.find(inode)
         if number >= 0:
-            self._end(number, inode)
+            self._end(number, inode, self._table.record(slot_of(inode)))
 
-    def _end(self, number: int, inode: int) -> None:
-        """Forget entry *number*, which is that of *inode*, and in the same step that it was staged."""
-        slot = slot_of(inode)
-        record = self._table.record(slot)
+    def _end(self, number: int, inode: int, record: Record) -> None:
+        """Forget entry *number*, which is that of *inode*, and in the same step that it was staged.
+
+        *record* is what stands in its slot, which may have been given away.
+        """
         with self._table.memory.change():
             self._staging.withdraw(number)
             if record.generation == inode >> 32:
-                self._table.set_flags(slot, record.flags & ~Flag.STAGED)
+                self._table.set_flags(slot_of(inode), record.flags & ~Flag.STAGED)
         self._staging.free(number)
+
+    def is_staged(self, inode: int) -> bool:
+        """Return whether *inode* is being written, or the slot it had belongs to another."""
+        record = self._table.whole_record(slot_of(inode))
+        return record.flags & Flag.STAGED != 0 or record.generation != inode >> 32
 
     def is_left_over(self, inode: int) -> bool:
         """Return whether *inode* is unlinked and something is staged of it still, for those who have it open."""
@@ -470,16 +469,13 @@ class Images:
 
     def end_staging(self, inode: int) -> None:
         """Within the lock: forget what is staged of *inode*, once nobody can write to it or, unlinked, read it."""
-        number = self._staging.find(inode)
         slot = slot_of(inode)
         record = self._table.record(slot)
-        current = record.generation == inode >> 32
-        needed = current and (self._handles.writers(inode) if record.live else self._handles.in_use(slot))
-        if number >= 0 and not needed:
-            self._end(number, inode)
-
-
-def _size_of(value: Whole | bytes) -> int:
-    if isinstance(value, Whole):
-        return len(value.data or b"") + 1024
-    return len(value)
+        if record.generation == inode >> 32:
+            if not record.flags & Flag.STAGED:
+                return
+            if self._handles.writers(inode) if record.live else self._handles.in_use(slot):
+                return
+        number = self._staging.find(inode)
+        if number >= 0:
+            self._end(number, inode, record)

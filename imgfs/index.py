@@ -33,6 +33,7 @@ from imgfs.volume import Volume
 
 NAME_BYTES_READ = 256  # a length byte and the longest name
 _NO_NAMES = (b"", b".", b"..")
+_NAMING = PUT_KINDS | {Kind.RENAME}
 # Plain numbers: comparing with those of an enum takes longer, and a rebuild does it for every needle.
 _REMOVING, _OWNER = (int(Kind.RENAME), int(Kind.DELETE)), int(Kind.OWNER)
 
@@ -94,13 +95,14 @@ def pack_record(needle: Needle, offset: int, name_offset: int, value: int) -> by
     in place of the owner, and the slot + 1 of the inode whose link goes in place of the mtime.
     """
     parent, size, owner, mtime_ns = slot_of(needle.parent) + 1, needle.record_size, needle.record_owner, needle.mtime_ns
-    if needle.kind in _REMOVING:
+    kind = needle.kind
+    if kind in _REMOVING:
         size, owner = slot_of(needle.extra_u64(Tag.REPLACED)) + 1, needle.flags
         mtime_ns = slot_of(needle.extra_u64(Tag.TARGET)) + 1
-    elif needle.kind == _OWNER:
+    elif kind == _OWNER:
         parent, size, name_offset = needle.uid, needle.gid, needle.mode
     return INDEX_RECORD.pack(
-        needle.kind,
+        kind,
         slot_of(needle.inode) + 1,
         parent,
         name_offset,
@@ -209,7 +211,7 @@ def _matches(state: IndexState, records: bytes, names: bytes, end: int) -> bool:
 
 def names_a_name(kind: int) -> bool:
     """Return whether needles of *kind* carry a name that belongs into `.names`."""
-    return kind in PUT_KINDS or kind == Kind.RENAME
+    return kind in _NAMING
 
 
 def state_of(records: bytes | bytearray, names: bytes | bytearray, end: int) -> IndexState:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from imgfs.active import SMALL_BYTES, Part, Range
 from imgfs.batch import IMAGES_AT_ONCE, Batches, NewImage
 from imgfs.disk import Buffer
-from imgfs.errors import DiskFailure, ImgfsError, StoreFull
+from imgfs.errors import DiskFailure, ImgfsError, StoreFull, disk_error
 from imgfs.format import (
     FLAG_PAIR,
     NAMES_BYTES_LIMIT,
@@ -26,10 +26,9 @@ from imgfs.format import (
     Kind,
     Needle,
     PreviousEnd,
-    aligned,
 )
 from imgfs.index import checkpoint
-from imgfs.layout import VOLUME_SEALED, Word
+from imgfs.layout import Word
 from imgfs.records import Place
 from imgfs.requests import NOBODY
 from imgfs.settings import MIB
@@ -115,7 +114,7 @@ class Log(Batches):
             words[Word.DURABLE] = words[Word.ACTIVE_END]
 
     def _is_sealed(self) -> bool:
-        return bool(self._table.volume(self._words[Word.ACTIVE]).flags & VOLUME_SEALED)
+        return self._table.is_sealed(self._words[Word.ACTIVE])
 
     def must_roll(self, size: int) -> bool:
         """Return whether appending *size* bytes may have to seal the volume first, which waits for the disk."""
@@ -137,7 +136,8 @@ class Log(Batches):
 
     def _limit(self) -> int:
         """Return where a volume ends at most, but for its seal."""
-        return min(self._settings.volume_bytes_max, VOLUME_BYTES_LIMIT - _END_BYTES)
+        wanted = self._settings.volume_bytes_max
+        return min(VOLUME_BYTES_LIMIT - _END_BYTES, wanted)
 
     # -- appending --------------------------------------------------------------------------------------------
 
@@ -151,12 +151,14 @@ class Log(Batches):
         second: Part | None = None,
         answers: bool = False,
         staged: int = -1,
+        ended: bool = False,
     ) -> Place:
         """Append *needle* and do what it says to the table; return where it lies.
 
         Its `data_size` bytes are the buffers in *data*, or come from *large* in pieces. Sets sequence number, commit
         time, durable mark and owner. *second* is appended with it: both of them count, or none.
-        *answers*: this is all that the request in hand asks for. *staged*: it holds what is in that staging entry.
+        *answers*: this is all that the request in hand asks for. *staged*: it holds what is in that staging entry, and
+        with *ended* nobody is going to need that any more.
 
         Raises:
             StoreFull: no room on the disk; store and table are as before.
@@ -164,19 +166,23 @@ class Log(Batches):
             DiskFailure: the disk refused; store and table are as before, or the store takes no more changes.
         """
         self._mend()
-        length = aligned(needle.length) + (aligned(second.needle.length) if second is not None else 0)
+        length = needle.length + (second.needle.length if second is not None else 0)
         if (needle.kind in PUT_KINDS or needle.data_size) and not self._has_room(length):
             raise StoreFull("the disk is full: delete images or add space")
-        with self._disk_errors(self.volume.path):
+        row, path = self.requester if answers else NOBODY, self.volume.path
+        # As `with self._disk_errors(path)`, which costs something even where nothing goes wrong.
+        try:
             self._make_room(needle, length)
-            parts = [Part(needle, data, sums, large)]
-            if second is not None:
-                needle.flags |= FLAG_PAIR
-                parts.append(second)
-            for part in parts:
-                if part.needle.kind in OWNED_KINDS:
-                    self._define_owner(part.needle)
-            return self._write(*parts, row=self.requester if answers else NOBODY, staged=staged)
+            if needle.kind in OWNED_KINDS:
+                self._define_owner(needle)
+            if second is None:
+                return self._write(Part(needle, data, sums, large), row=row, staged=staged, ended=ended)
+            needle.flags |= FLAG_PAIR
+            if second.needle.kind in OWNED_KINDS:
+                self._define_owner(second.needle)
+            return self._write(Part(needle, data, sums, large), second, row=row, staged=staged, ended=ended)
+        except OSError as error:
+            raise disk_error(error, path) from error
 
     def append_images(self, images: Sequence[NewImage], first: int) -> int:
         """Append the first of *images* that fit into this volume; return how many, which may be none.

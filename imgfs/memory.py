@@ -39,6 +39,11 @@ T = TypeVar("T")
 
 _U16 = struct.Struct("<H")
 _U32 = struct.Struct("<I")
+# Each change of the store does these some ten times: plain globals are found faster than attributes of a class.
+_COUNTER, _JOURNAL, _APPENDING = Word.COUNTER, Word.JOURNAL, Word.APPENDING
+_pack_word = struct.Struct("<Q").pack
+_TRY = fcntl.LOCK_EX | fcntl.LOCK_NB
+_ENTRY_BYTES, _pack_entry = JOURNAL_ENTRY.size, JOURNAL_ENTRY.pack_into
 _MAP_NORESERVE = 0x4000
 # A reader that finds the counter odd for so long no longer believes that the writer lives.
 _WRITER_PATIENCE_S = 0.05
@@ -174,9 +179,10 @@ class Memory:
 
     def _entered(self) -> None:
         self._lock_depth += 1
-        words = self.words
-        if (words[Word.COUNTER] & 1 or words[Word.APPENDING]) and self._lock_depth == 1:
-            self._carry_on()
+        if self._lock_depth == 1:
+            words = self.words
+            if words[_COUNTER] & 1 or words[_APPENDING]:
+                self._carry_on()
 
     def _carry_on(self) -> None:
         """Having just taken the lock: put right what a killed writer left."""
@@ -191,11 +197,11 @@ class Memory:
 
     def try_acquire(self) -> bool:
         """Enter `lock` and return True, or return False at once if another thread or process is in it."""
-        if not self._thread_lock.acquire(blocking=False):
+        if not self._thread_lock.acquire(False):
             return False
         if not self._lock_depth:
             try:
-                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._lock_file, _TRY)
             except BlockingIOError:
                 self._thread_lock.release()
                 return False
@@ -221,8 +227,8 @@ class Memory:
     def begin(self) -> None:
         """Enter `change`."""
         words = self.words
-        words[Word.JOURNAL] = 0
-        words[Word.COUNTER] += 1
+        words[_JOURNAL] = 0
+        words[_COUNTER] += 1
 
     def end(self, error: BaseException | None) -> None:
         """Leave `change`."""
@@ -230,18 +236,19 @@ class Memory:
             # KeyboardInterrupt too: the next change would forget the before-images of this one.
             self._roll_back()
         else:
-            self.words[Word.COUNTER] += 1
+            self.words[_COUNTER] += 1
 
     def put(self, offset: int, data: bytes) -> None:
         """Within `change`: store *data* at *offset*, its before-image saved."""
-        count = self.words[Word.JOURNAL]
-        end = offset + len(data)
-        if count >= JOURNAL_ENTRIES or len(data) > JOURNAL_DATA_MAX:
-            raise AssertionError(f"{count} journal entries, {len(data)} bytes: more than one change may take")
-        entry = JOURNAL_AT + count * JOURNAL_ENTRY.size
-        JOURNAL_ENTRY.pack_into(self.map, entry, offset, len(data), self.map[offset:end])
-        self.words[Word.JOURNAL] = count + 1
-        self.map[offset:end] = data
+        words, mapping = self.words, self.map
+        count = words[_JOURNAL]
+        size = len(data)
+        if count >= JOURNAL_ENTRIES or size > JOURNAL_DATA_MAX:
+            raise AssertionError(f"{count} journal entries, {size} bytes: more than one change may take")
+        end = offset + size
+        _pack_entry(mapping, JOURNAL_AT + count * _ENTRY_BYTES, offset, size, mapping[offset:end])
+        words[_JOURNAL] = count + 1
+        mapping[offset:end] = data
 
     def put_u32(self, offset: int, value: int) -> None:
         """Within `change`: store a 32-bit *value* at *offset*."""
@@ -253,7 +260,7 @@ class Memory:
 
     def put_word(self, word: int, value: int) -> None:
         """Within `change`: store *value* in a 64-bit word."""
-        self.put(WORDS_AT + 8 * word, value.to_bytes(8, "little"))
+        self.put(WORDS_AT + 8 * word, _pack_word(value))
 
     def fill(self, offset: int, data: bytes | memoryview) -> None:
         """Store *data* where nothing points yet; a rolled-back change leaves it behind, unseen."""
@@ -290,17 +297,17 @@ class Memory:
         """Return what *read* returns when no writer was at work meanwhile; its exceptions count only then, too."""
         words = self.words
         while True:
-            before = words[Word.COUNTER]
+            before = words[_COUNTER]
             if before & 1:
                 self._await_writer(before)
                 continue
             try:
                 result = read()
             except Exception:
-                if words[Word.COUNTER] == before:
+                if words[_COUNTER] == before:
                     raise
                 continue
-            if words[Word.COUNTER] == before:
+            if words[_COUNTER] == before:
                 return result
 
     def _await_writer(self, seen: int) -> None:

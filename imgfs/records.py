@@ -10,7 +10,8 @@ from typing import NamedTuple
 from imgfs.format import Kind
 from imgfs.layout import Flag
 
-_KIND = int(Flag.KIND)
+_KIND, _KIND_OR_DEAD, _STALE = Flag.KIND, Flag.KIND | Flag.DEAD, Flag.STALE_MTIME
+_STALE_DIRECTORY = _STALE | int(Kind.DIRECTORY)
 
 
 class Record(NamedTuple):
@@ -35,12 +36,12 @@ class Record(NamedTuple):
     @property
     def live(self) -> bool:
         """Whether it has a name, or a link has; the record of an unlinked image rests until its slot is needed."""
-        return self.flags & _KIND != 0 and not self.flags & Flag.DEAD
+        return 0 < self.flags & _KIND_OR_DEAD <= _KIND  # the bit DEAD lies above the kind
 
     @property
     def stale(self) -> bool:
         """Whether it is a directory that changed since its last needle."""
-        return self.flags & (Flag.STALE_MTIME | _KIND) == Flag.STALE_MTIME | Kind.DIRECTORY
+        return self.flags & (_STALE | _KIND) == _STALE_DIRECTORY
 
     @property
     def generation(self) -> int:

@@ -175,8 +175,10 @@ class Store(Xattrs):
         """Within the lock: end what is staged of *inode* if no handle needs it, and an image that is nothing else."""
         slot = slot_of(inode)
         record = self._table.record(slot)
-        if record.generation != inode >> 32 or not record.flags & Flag.STAGED:
+        if record.generation != inode >> 32:
             self._images.drop_staged(inode)  # killed before it was ended, and the slot was given away since
+            return
+        if not record.flags & Flag.STAGED:
             return
         if record.flags & Flag.UNBORN and record.live and not self._handles.writers(inode):
             with self._memory.change():
@@ -424,15 +426,15 @@ class Store(Xattrs):
 
         self._locked(change)
 
-    def flush(self, handle: int) -> None:
-        """Make what was written the image: the commit point of close(2).
+    def flush(self, handle: int, *, closing: bool = False) -> None:
+        """Make what was written the image: the commit point of close(2), which is *closing* it.
 
         Raises:
             StoreFull, DiskFailure: the old image is whole.
         """
         inode, flags = self._handles.get(handle)
         if flags & WRITE and self._images.dirty_bytes(inode):
-            self._locked(lambda _: self._images.commit(inode))
+            self._locked(lambda _: self._images.commit(inode, closing=closing))
 
     def flush_bytes(self, handle: int) -> int:
         """Return how many bytes `flush` would copy, 0 if it has nothing to do."""
@@ -446,7 +448,7 @@ class Store(Xattrs):
     def stage_bytes(self, handle: int) -> int:
         """Return how many bytes the next `write` would copy first: those of an image that is not being written yet."""
         inode, _ = self._handles.get(handle)
-        return 0 if self._images.staged(inode) is not None else self._images.record(inode).size
+        return 0 if self._images.staged_state(inode) is not None else self._images.record(inode).size
 
     def fsync(self, handle: int) -> None:
         """`flush`, and make it durable.
@@ -467,24 +469,27 @@ class Store(Xattrs):
     def release(self, handle: int) -> None:
         """Close *handle*; what was written since the last flush is flushed, or lost if the disk is full. BadHandle."""
         inode, flags = self._handles.get(handle)
-        if not flags & WRITE:
+        released = not flags & WRITE or not self._images.is_staged(inode)
+        if released:
+            # There is nothing to flush, so no lock is due. But who cuts it meanwhile leaves it to the last writer.
             self._handles.release(handle)
-            if self._images.is_left_over(inode):
-                self._locked(lambda _: self._images.end_staging(inode))
-            return
+            if not (self._images.is_staged(inode) if flags & WRITE else self._images.is_left_over(inode)):
+                return
 
         def change(now_ns: int) -> None:
             try:
                 self._images.commit(inode)
             finally:
-                self._handles.release(handle)
-                record = self._images.record(inode)
-                if record.flags & Flag.UNBORN and record.live and not self._handles.writers(inode):
-                    with self._memory.change():
-                        self._table.delete_unborn(slot_of(inode), now_ns)
-                self._images.end_staging(inode)
+                if not released:
+                    self._handles.release(handle)
+                self._drop_unneeded(inode, now_ns)
 
         self._locked(change)
+
+    def has_staged(self, handle: int) -> bool:
+        """Return whether *handle* may write and its image is being written: then `release` takes a lock. BadHandle."""
+        inode, flags = self._handles.get(handle)
+        return bool(flags & WRITE) and self._images.is_staged(inode)
 
     def may_write(self, handle: int) -> bool:
         """Return whether *handle* was opened for writing. BadHandle."""

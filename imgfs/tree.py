@@ -54,9 +54,13 @@ class Tree(View):
 
     def _locked(self, change: Callable[[int], T]) -> T:
         """Run *change* as the only writer, with the time of the change in ns."""
-        log = self._images.writer()
-        with log.lock():
+        log, memory = self._images.writer(), self._memory
+        # As `with memory.lock()`, in half the time.
+        memory.acquire()
+        try:
             return change(log.now_ns())
+        finally:
+            memory.release()
 
     def _applied(self, inode: int) -> None:
         """Within `Memory.change`: mark the request in hand as applied where no needle does it."""
@@ -68,11 +72,8 @@ class Tree(View):
         """Make sure that *name* can be given in *parent*."""
         if self._directory(parent).flags & Flag.DEAD:
             raise NotFound("the directory was removed")
-        try:
-            self._lookup(parent, name)
-        except NotFound:
-            return
-        raise Exists(f"{name!r} is there already")
+        if self._find_in(slot_of(parent), name)[1]:
+            raise Exists(f"{name!r} is there already")
 
     def _new_inode(self) -> int:
         slot, generation = self._table.next_slot(self.settings.rest_slots, self._handles.in_use)
@@ -265,23 +266,22 @@ class Tree(View):
 
         return self._locked(change)
 
-    def _unlink(self, entry: int, inode: int, now_ns: int) -> None:
-        """Take the name *entry* of *inode*, whatever it is, out of its directory."""
-        record = self._images.record(entry)
+    def _unlink(self, entry: int, inode: int, aim: Record, now_ns: int) -> None:
+        """Take the name *entry* of *inode*, which is whatever its record *aim* says, out of its directory."""
+        record = aim if entry == inode else self._images.record(entry)
         if record.flags & Flag.UNBORN:
             with self._memory.change():
                 self._table.delete_unborn(slot_of(entry), now_ns)
                 self._applied(inode)
         else:
-            flags, extras = self._farewell(entry, inode)
+            flags, extras = self._farewell(entry, inode, aim)
             parent = inode_of(record.parent - 1, self._table.record(record.parent - 1).generation)
             needle = Needle(Kind.DELETE, entry, parent, ctime_ns=now_ns, flags=flags, extras=extras)
             self._images.writer().append(needle, [], answers=True)
         self._images.end_staging(inode)
 
-    def _farewell(self, entry: int, inode: int) -> tuple[int, dict[int, bytes]]:
-        """Return the flags and extra fields of a needle that takes away the name *entry* of *inode*."""
-        record = self._images.record(inode)
+    def _farewell(self, entry: int, inode: int, record: Record) -> tuple[int, dict[int, bytes]]:
+        """Return the flags and extra fields of a needle that takes away the name *entry* of *inode*, with *record*."""
         if record.kind == Kind.DIRECTORY:
             return 0, {}
         names = self._table.names(slot_of(inode), record)
@@ -294,9 +294,10 @@ class Tree(View):
 
         def change(now_ns: int) -> None:
             entry, inode = self._lookup(parent, name)
-            if self._images.record(inode).kind == Kind.DIRECTORY:
+            record = self._images.record(inode)
+            if record.kind == Kind.DIRECTORY:
                 raise IsADirectory(f"{name!r} is a directory")
-            self._unlink(entry, inode, now_ns)
+            self._unlink(entry, inode, record, now_ns)
 
         self._locked(change)
 
@@ -306,7 +307,7 @@ class Tree(View):
         def change(now_ns: int) -> None:
             _, inode = self._lookup(parent, name)
             self._check_empty(inode)
-            self._unlink(inode, inode, now_ns)
+            self._unlink(inode, inode, self._images.record(inode), now_ns)
 
         self._locked(change)
 
@@ -343,7 +344,7 @@ class Tree(View):
                     return  # two names of one image stay, as rename(2) says
                 self._check_replaceable(record, target)
                 self._give_birth(target, self._images.record(target))
-                flags, extras = self._farewell(replaced, target)
+                flags, extras = self._farewell(replaced, target, self._images.record(target))
                 extras[Tag.REPLACED] = replaced.to_bytes(8, "little")
             self._give_birth(inode, record)
             extras[Tag.OLD_PARENT] = parent.to_bytes(8, "little")

@@ -27,7 +27,6 @@ from imgfs.format import (
     Checksums,
     Needle,
     VolumeHeader,
-    aligned,
     checksums,
     footer_bytes,
     header_checksum,
@@ -377,4 +376,4 @@ class Volume:
     def _end_of(needle: Needle, sums: Checksums) -> bytes:
         footer = pack_footer(sums, needle.data_size, needle.checksum)
         size = needle.data_start + needle.data_size + len(footer)
-        return footer + bytes(aligned(size) - size)
+        return footer + bytes(-size % ALIGNMENT)

@@ -122,9 +122,9 @@ class Xattrs(Tree):
             data = pack_xattrs(attributes)
             if self._images.record(inode).flags & Flag.UNBORN:
                 number = self._staging.find(inode)
-                entry = self._staging.write_attributes(number, data)
+                state = self._staging.write_attributes(number, data)
                 with self._memory.change():
-                    self._staging.put(number, entry)
+                    self._staging.put(number, state)
                     self._applied(inode)
             else:
                 needle = Needle(Kind.XATTR, inode, data_size=len(data), ctime_ns=now_ns)

@@ -137,6 +137,15 @@ def write_to_a_new_image(store: Store) -> Scene:
     return Scene(lambda worker: worker.write(handle, 2, b"abcdef"), once=False)
 
 
+def write_past_the_end_of_an_image_before(store: Store) -> Scene:
+    _, handle = store.create_image(ROOT, b"before", 0o644, 1, 1)
+    store.write(handle, 0, b"before" * KIB)
+    store.release(handle)
+    _, handle = store.create_image(ROOT, b"a", 0o644, 1, 1)
+    store.write(handle, 0, b"start")
+    return Scene(lambda worker: worker.write(handle, 5 * KIB, b"end"), once=False)
+
+
 def first_write(store: Store) -> Scene:
     handle = store.open_image(put(store, ROOT, b"a", b"old bytes" * 100), write=True)
     return Scene(lambda worker: worker.write(handle, 5, b"new"), once=False)
@@ -153,6 +162,19 @@ def flush(store: Store) -> Scene:
     _, handle = store.create_image(ROOT, b"a", 0o644, 1, 1)
     store.write(handle, 0, b"bytes")
     return Scene(lambda worker: worker.flush(handle), once=False)
+
+
+def close(store: Store) -> Scene:
+    _, handle = store.create_image(ROOT, b"a", 0o644, 1, 1)
+    store.write(handle, 0, b"bytes")
+    return Scene(lambda worker: worker.flush(handle, closing=True), once=False)
+
+
+def close_one_of_two(store: Store) -> Scene:
+    inode, handle = store.create_image(ROOT, b"a", 0o644, 1, 1)
+    store.open_image(inode, write=True)
+    store.write(handle, 0, b"bytes")
+    return Scene(lambda worker: worker.flush(handle, closing=True), once=False)
 
 
 def flush_with_attributes(store: Store) -> Scene:
@@ -250,8 +272,11 @@ SCENES: dict[str, Callable[[Store], Scene]] = {
         set_mode,
         write_to_a_new_image,
         first_write,
+        write_past_the_end_of_an_image_before,
         write_past_the_end,
         flush,
+        close,
+        close_one_of_two,
         flush_with_attributes,
         flush_what_is_large,
         release,

@@ -118,6 +118,43 @@ def test_several_images_are_written_at_once(store: Store) -> None:
     store.close()
 
 
+def test_nothing_of_the_image_before_is_seen_in_a_file_that_was_kept(store: Store) -> None:
+    def staged_anew() -> tuple[int, int]:
+        write_image(store, ROOT, b"before", b"x" * 20_000)
+        store.unlink(ROOT, b"before")
+        assert [kept[:20_000] for kept in staged_files(store)] == [b"x" * 20_000]
+        return store.create_image(ROOT, b"after", 0o644, 0, 0)
+
+    def closed(inode: int, handle: int, data: bytes) -> None:
+        assert read_all(store, handle) == data
+        store.flush(handle, closing=True)
+        store.release(handle)
+        assert content(store, inode) == killed_content(store, b"after") == data
+        store.unlink(ROOT, b"after")
+
+    inode, handle = staged_anew()
+    closed(inode, handle, b"")
+    inode, handle = staged_anew()
+    store.write(handle, 0, b"short")
+    closed(inode, handle, b"short")
+    inode, handle = staged_anew()
+    store.write(handle, 5000, b"behind a hole")
+    closed(inode, handle, bytes(5000) + b"behind a hole")
+    inode, handle = staged_anew()
+    store.truncate(inode, 30_000)
+    closed(inode, handle, bytes(30_000))
+    inode, handle = staged_anew()
+    store.write(handle, 0, b"cut and extended")
+    store.truncate(inode, 3)
+    store.truncate(inode, 6)
+    closed(inode, handle, b"cut" + bytes(3))
+    old = put(store, ROOT, b"after", b"old")
+    write_image(store, ROOT, b"before", b"x" * 20_000)
+    handle = store.open_image(old, write=True)
+    store.write(handle, 10, b"new")
+    closed(old, handle, b"old" + bytes(7) + b"new")
+
+
 def test_two_handles_write_one_image(store: Store) -> None:
     inode = put(store, ROOT, b"a", b"0123456789")
     one, other = store.open_image(inode, write=True), store.open_image(inode, write=True)
