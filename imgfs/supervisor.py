@@ -283,23 +283,19 @@ class Supervisor:
 
     def _shut_gate(self, dead: list[Dead]) -> None:
         """Keep all workers from reading; kill those that do not end with it."""
-        if not self._nobody_reads():
-            for number in self._reading():
-                self._kill(number, dead, "it read for too long")
+        for number in self._still_reading():
+            self._kill(number, dead, "it read for too long")
 
-    def _nobody_reads(self) -> bool:
-        """Shut the gate; return whether all workers that were reading have noted what they read before long."""
+    def _still_reading(self) -> list[int]:
+        """Shut the gate; return the workers that have not noted before long what they were reading."""
         self._board.paused = True
         time.sleep(_SEEN_S)
-        deadline = time.monotonic() + _READ_S
-        while self._reading():
+        deadline, posts = time.monotonic() + _READ_S, self._board.posts
+        while reading := [number for number in self._workers.values() if posts[number].reading_since_ns]:
             if time.monotonic() > deadline:
-                return False
+                break
             time.sleep(_POLL_S)
-        return True
-
-    def _reading(self) -> list[int]:
-        return [number for number in self._workers.values() if self._board.posts[number].reading_since_ns]
+        return reading
 
     def _wait_for_answers(self, dead: list[Dead]) -> None:
         """Let the living answer what they hold; kill those that take too long, their requests are sent again."""
@@ -383,14 +379,8 @@ class Supervisor:
             post = self._board.posts[number]
             requests = [request for _, request, _ in self._store.requests.in_hand(number)]
             reads = ", reads" if post.reading_since_ns else ""
-            log.info(
-                "worker %d (process %d): %d answered, %s%s",
-                number,
-                pid,
-                post.answered,
-                wire.describe_all(requests),
-                reads,
-            )
+            in_hand = wire.describe_all(requests)
+            log.info("worker %d (process %d): %d answered, %s%s", number, pid, post.answered, in_hand, reads)
             self._dump_stacks(pid)
         if self._maintenance:
             log.info("maintenance (process %d)", self._maintenance)
@@ -495,7 +485,7 @@ class Supervisor:
         self._board.paused = True
         deadline = time.monotonic() + _END_S
         if not self._device.is_dead():
-            self._nobody_reads()
+            self._still_reading()
             deadline = time.monotonic() + _READ_S
         while any(self._board.posts[number].in_hand for number in self._workers.values()):
             if time.monotonic() > deadline:
