@@ -15,6 +15,7 @@ from bench.plots import draw
 from bench.result import RESULTS, Result, write_json
 from bench.site import Site, open_site
 from bench.targets import summary_table
+from bench.watch import note_interrupts
 
 # In the order in which they run.
 BENCHES = ("requests", "hot", "web", "copying", "ingest", "cold", "listing", "space", "reclaim", "start", "memory")
@@ -50,6 +51,7 @@ def main() -> int:
         parser.error(f"there is no bench {unknown[0]}; there are {', '.join(BENCHES)}")
     systems = [name for name in arguments.systems.lower().split(",") if name]
     results = arguments.results or DIRECTORIES[size]
+    note_interrupts()
     try:
         failed = _run(chosen, size, arguments.directory, systems, results)
     except KeyboardInterrupt:

@@ -49,9 +49,13 @@ def together(jobs: Sequence[Callable[[], T]]) -> tuple[float, list[T]]:
     barrier = context.Barrier(len(jobs) + 1)
     queue = context.SimpleQueue()
 
+    parent = os.getpid()
+
     def client(job: Callable[[], T]) -> None:
         # Whoever kills the bench does not want its clients to wait for it for ever.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            return  # it was killed before that
         barrier.wait()
         try:
             queue.put(job())

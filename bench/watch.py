@@ -13,10 +13,28 @@ from collections.abc import Callable, Iterator
 
 from bench.commands import Failed
 
+_interrupted = threading.Event()
+
+
+def note_interrupts() -> None:
+    """Let SIGINT end the bench, at the next step if not at once: Python forgets what is raised while it tidies up."""
+
+    def interrupt(number: int, frame: object) -> None:
+        _interrupted.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def _end_if_interrupted() -> None:
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+
 
 @contextlib.contextmanager
 def within(seconds: float, cut: Callable[[], object]) -> Iterator[None]:
     """Give the body so many *seconds*; then call *cut*, which must not wait, and raise Failed in the body."""
+    _end_if_interrupted()
     done = threading.Event()
     left = False
 
@@ -40,3 +58,4 @@ def within(seconds: float, cut: Callable[[], object]) -> Iterator[None]:
         done.set()
         watcher.join()
         signal.signal(signal.SIGALRM, before)
+    _end_if_interrupted()

@@ -160,7 +160,7 @@ def _mount_table(random: Random) -> None:
 
 
 def _handover(random: Random) -> None:
-    state = Handover("/s", "/m", MountOptions(), False, 3, 4, None, 5, 6, 7, {8: 1}, 9, b"init", "0:1")
+    state = Handover("/s", "/m", MountOptions(), False, 3, 4, None, 5, 6, {8: 1}, 9, b"init", "0:1")
     written = state.write()
     try:
         content = mangled(os.pread(written, 1 << 16, 0), random)
