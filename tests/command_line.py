@@ -64,7 +64,8 @@ def photos(tmp_path: Path) -> Path:
     for number in range(20):
         image = path / f"album {number % 2}" / f"IMG_{number:04}.jpg"
         image.parent.mkdir(parents=True, exist_ok=True)
-        image.write_bytes(os.urandom(5000 + number))
+        # As a JPEG begins: nothing else must pass for what a store has.
+        image.write_bytes(b"\xff\xd8\xff\xe0" + os.urandom(4996 + number))
     (path / "latest").symlink_to("album 1/IMG_0019.jpg")
     return path
 
