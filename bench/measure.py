@@ -3,24 +3,22 @@
 *Concurrency:* clients are forked processes; each runs one job and sends back what it returns.
 """
 
-import ctypes
 import functools
 import multiprocessing
 import os
 import random
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from bench.commands import Failed
+from imgfs.child import die_with
 
 T = TypeVar("T")
 
 # More than any image of a bench has; below what malloc would map anew for each read.
 _BUFFER_BYTES = 64 << 10
-_PR_SET_PDEATHSIG = 1
 # Between two looks at the clock.
 _BURST = 50
 _START_S = time.monotonic()
@@ -53,9 +51,7 @@ def together(jobs: Sequence[Callable[[], T]]) -> tuple[float, list[T]]:
 
     def client(job: Callable[[], T]) -> None:
         # Whoever kills the bench does not want its clients to wait for it for ever.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            return  # it was killed before that
+        die_with(parent)
         barrier.wait()
         try:
             queue.put(job())

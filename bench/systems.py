@@ -23,7 +23,7 @@ from bench.serving import DEADLINE_S, MountServer
 from bench.site import Site, XfsDisk, drop_caches
 from bench.stores import make_large_store
 from bench.trees import name_directory, name_file
-from imgfs.mount import WORKERS_DEFAULT_MAX
+from imgfs.mount import default_workers
 from imgfs.volumes import VOLUMES
 
 # Debian ships the example with the headers.
@@ -214,7 +214,7 @@ class ImgfsTwoWorkers(Imgfs):
 
 class ImgfsAsItComes(Imgfs):
     name = "imgfs, as it comes"
-    workers = min(WORKERS_DEFAULT_MAX, os.cpu_count() or 1)
+    workers = default_workers()
 
 
 class Passing(Served):

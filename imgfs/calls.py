@@ -97,12 +97,9 @@ class Calls:
         # a turn of the loop. Who waits for it holds it from the moment its holder lets go, and is not overtaken.
         if size > INLINE_BYTES or store.must_roll(size) or self._changes.locked() or not self._try_lock():
             raise WouldBlock
-        # As `_requested`, written out: nearly all changes come here.
-        store.requester = row
         try:
-            return change(*args, **named)
+            return _requested(store, row, change, *args, **named)
         finally:
-            store.requester = NOBODY
             store.unlock()
 
     def _try_lock(self) -> bool:

@@ -30,10 +30,17 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_TIMERSLACK = 29
 # They reach a whole process group, such as that of a terminal; what is to be done is for the supervisor to say.
 _FOR_THE_SUPERVISOR = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-# Loaded before the first fork: afterwards there is no time.
 _TIMER_SLACK_NS = 1_000
 
+# Loaded before the first fork: afterwards there is no time.
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with(parent: int) -> None:
+    """Have this process, a child of *parent*, killed when that dies; if it is dead by now, end here."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(EXIT_OK)  # it died before this could be said
 
 
 def fork(name: str, work: Callable[[], None], dump_file: int = 2, said: int | None = None) -> int:
@@ -48,9 +55,7 @@ def fork(name: str, work: Callable[[], None], dump_file: int = 2, said: int | No
         return pid
     code = EXIT_BUG
     try:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            return os._exit(EXIT_OK)  # it died before it could be told
+        die_with(parent)
         # A wait of some microseconds shall not become one of fifty more.
         _libc.prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(_TIMER_SLACK_NS))
         _libc.prctl(_PR_SET_NAME, f"imgfs: {name}".encode()[:15])

@@ -29,7 +29,7 @@ import pyfuse3
 import trio
 
 from imgfs import wire
-from imgfs.board import ANSWERED, IN_HAND, PAUSE, READING_SINCE_NS, WATCHER, Board
+from imgfs.board import PAUSE, READING_SINCE_NS, WATCHER, Board
 from imgfs.device import Device
 from imgfs.disk import WouldBlock
 from imgfs.errors import MountFailed
@@ -381,7 +381,7 @@ class Desk:
                 continue
             request = wire.identify(head, raw)
             requests.begin(row, request)
-            ours[IN_HAND] += 1
+            self._post.took()
             ours[READING_SINCE_NS] = 0
             expected = not self.wait.count
             try:
@@ -396,9 +396,7 @@ class Desk:
                 self._hand_over(seat, request, size)
                 return _Came.ONE_FOR_PYFUSE3
             self._write(reply)
-            requests.end(row)
-            ours[IN_HAND] -= 1
-            ours[ANSWERED] += 1
+            self._end(seat)
             patience_ms = 0 if self.wait.count else _MOMENT_MS
         return _Came.MANY
 

@@ -90,7 +90,7 @@ class Disk:
         """
         if nowait and self._nowait_flag:
             return bytes(self.read_resident(file, offset, size))
-        data = os.pread(file, min(_READ_BYTES_MAX, size), offset)
+        data = os.pread(file, min(size, _READ_BYTES_MAX), offset)
         if len(data) == size or not data:
             return data
         parts = [data]

@@ -263,8 +263,7 @@ class Needle:
     def length(self) -> int:
         """Length of the whole needle in bytes, up to the next multiple of 8."""
         size = self.data_size
-        length = self.header_bytes + len(self.name) + size + (footer_bytes(size) if size else 0)
-        return -(-length // ALIGNMENT) * ALIGNMENT
+        return aligned(self.header_bytes + len(self.name) + size + (footer_bytes(size) if size else 0))
 
     def extra_u64(self, tag: Tag) -> int:
         """Return the number in extra field *tag*, 0 where there is none."""
@@ -484,8 +483,7 @@ def storable_ns(time_ns: int) -> int:
 
 def seconds(time_ns: int) -> int:
     """Return the whole seconds of *time_ns* as records hold them: 32 bits, from 1970 to 2106."""
-    time_s = time_ns // 1_000_000_000
-    return time_s if 0 <= time_s <= 0xFFFF_FFFF else 0 if time_s < 0 else 0xFFFF_FFFF
+    return min(max(time_ns // 1_000_000_000, 0), 0xFFFF_FFFF)
 
 
 def name_hash(name: bytes, seed: int) -> int:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from imgfs.active import SMALL_BYTES, Part, Range
 from imgfs.batch import IMAGES_AT_ONCE, Batches, NewImage
 from imgfs.disk import Buffer
-from imgfs.errors import DiskFailure, ImgfsError, StoreFull, disk_error
+from imgfs.errors import DiskFailure, ImgfsError, StoreFull
 from imgfs.format import (
     FLAG_PAIR,
     NAMES_BYTES_LIMIT,
@@ -136,8 +136,7 @@ class Log(Batches):
 
     def _limit(self) -> int:
         """Return where a volume ends at most, but for its seal."""
-        wanted = self._settings.volume_bytes_max
-        return min(VOLUME_BYTES_LIMIT - _END_BYTES, wanted)
+        return min(self._settings.volume_bytes_max, VOLUME_BYTES_LIMIT - _END_BYTES)
 
     # -- appending --------------------------------------------------------------------------------------------
 
@@ -169,9 +168,8 @@ class Log(Batches):
         length = needle.length + (second.needle.length if second is not None else 0)
         if (needle.kind in PUT_KINDS or needle.data_size) and not self._has_room(length):
             raise StoreFull("the disk is full: delete images or add space")
-        row, path = self.requester if answers else NOBODY, self.volume.path
-        # As `with self._disk_errors(path)`, which costs something even where nothing goes wrong.
-        try:
+        row = self.requester if answers else NOBODY
+        with self._disk_errors(self.volume.path):
             self._make_room(needle, length)
             if needle.kind in OWNED_KINDS:
                 self._define_owner(needle)
@@ -181,8 +179,6 @@ class Log(Batches):
             if second.needle.kind in OWNED_KINDS:
                 self._define_owner(second.needle)
             return self._write(Part(needle, data, sums, large), second, row=row, staged=staged, ended=ended)
-        except OSError as error:
-            raise disk_error(error, path) from error
 
     def append_images(self, images: Sequence[NewImage], first: int) -> int:
         """Append the first of *images* that fit into this volume; return how many, which may be none.

@@ -42,6 +42,11 @@ CLOSING_POLL_S = 0.05
 DAMAGE_NAMED = 100
 
 
+def default_workers() -> int:
+    """Return how many workers serve a mount for which nothing is said."""
+    return min(WORKERS_DEFAULT_MAX, os.cpu_count() or 1)
+
+
 def mount(store_path: str, mountpoint_path: str, options: MountOptions, *, daemon: bool) -> int:
     """Serve the store at *store_path* until it is unmounted; return the exit code.
 
@@ -178,7 +183,7 @@ def _plan(store: Store, served: _Served, device: Device, ready: Callable[[], Non
     return Plan(
         store=store,
         path=served.path,
-        workers=options.workers or min(WORKERS_DEFAULT_MAX, os.cpu_count() or 1),
+        workers=options.workers or default_workers(),
         grace_s=options.grace_s,
         work=work,
         maintain=look_after if options.writable else None,
