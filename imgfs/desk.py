@@ -352,6 +352,7 @@ class Desk:
             self._in_a_row += 1
             if late is not None and late.due_ns:
                 late.retry()
+                patience_ms = self._patience_ms()
                 if not expected and late.due_ns:
                     expected = self._watch_until(late.due_ns)
                     if not expected:
@@ -389,7 +390,7 @@ class Desk:
             except WouldBlock:
                 retried = self._fuse <= _SELECTED_MAX
                 if late is not None and late.put_off(head, raw, request, row, retried=retried):
-                    patience_ms = 0
+                    patience_ms = self._patience_ms()
                     continue
                 reply = None
             if reply is None:
@@ -397,8 +398,13 @@ class Desk:
                 return _Came.ONE_FOR_PYFUSE3
             self._write(reply)
             self._end(seat)
-            patience_ms = 0 if self.wait.count else _MOMENT_MS
+            patience_ms = self._patience_ms()
         return _Came.MANY
+
+    def _patience_ms(self) -> int:
+        """Return for how long the next request is waited for before all other tasks get their turn."""
+        waits = self.wait.count or (self._late is not None and self._late.in_threads)
+        return 0 if waits else _MOMENT_MS
 
     async def _wait_for_request(self, _: int) -> None:
         """Return when there is a request that pyfuse3 has to read; answer all others."""
@@ -408,7 +414,7 @@ class Desk:
                 return  # INIT waits in the socket
             self._take_over()
         naps = 0
-        patience_ms = 0 if self.wait.count else _MOMENT_MS
+        patience_ms = self._patience_ms()
         while True:
             answered = self._post.answered
             came = self._serve(patience_ms)

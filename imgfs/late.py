@@ -73,6 +73,8 @@ class LateRequests:
         self._usual_ns = 2 * _LEAST_NS
         self.due_ns = 0
         """When the first of them is tried again; 0: none is."""
+        self.in_threads = 0
+        """How many of them are for threads, which hand back what they found on the loop."""
 
     def put_off(self, head: wire.Head, raw: memoryview, request: Request, row: int, *, retried: bool) -> bool:
         """Take over the *request* of *row*; return whether there is room. Only if it may be *retried*, it is."""
@@ -87,7 +89,7 @@ class LateRequests:
             self._waiting.append(late)
             self.due_ns = min(self.due_ns or late.due_ns, late.due_ns)
         else:
-            self._nursery.start_soon(self._answer_in_thread, late)
+            self._hand_to_thread(late)
         return True
 
     def retry(self) -> None:
@@ -113,7 +115,7 @@ class LateRequests:
                 self._learn(late.tries)
                 self._post.waited(time.monotonic_ns() - late.since_ns)
             else:
-                self._nursery.start_soon(self._answer_in_thread, late)
+                self._hand_to_thread(late)
         self.due_ns = min((late.due_ns for late in self._waiting), default=0)
 
     def _learn(self, tries: int) -> None:
@@ -125,10 +127,17 @@ class LateRequests:
         """Try none again: the worker has to stop for a while."""
         self.due_ns = 0
         while self._waiting:
-            self._nursery.start_soon(self._answer_in_thread, self._waiting.popleft())
+            self._hand_to_thread(self._waiting.popleft())
+
+    def _hand_to_thread(self, late: _Late) -> None:
+        self.in_threads += 1
+        self._nursery.start_soon(self._answer_in_thread, late)
 
     async def _answer_in_thread(self, late: _Late) -> None:
-        self._answer(late, await self._express.answer_late(late.head, late.raw, late.row))
+        try:
+            self._answer(late, await self._express.answer_late(late.head, late.raw, late.row))
+        finally:
+            self.in_threads -= 1
 
     def _answer(self, late: _Late, reply: Reply) -> None:
         self._write(reply)
