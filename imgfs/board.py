@@ -20,6 +20,7 @@ _REPLY_AT = 2048
 _PAGE = 4096
 _WORKER_AT = 16  # words, eight for each worker
 _WORDS_EACH = 8
+_GIVING_AT, _GIVING = 160, 65  # words
 
 # Words of the page. A worker stores some of them for each request, without a call in between.
 PAUSE, REPLY_BYTES, WATCHER = range(3)
@@ -108,6 +109,8 @@ class Board:
 
         A hint: two that come at once may both think that they are the one, and one that was killed still stands there.
         """
+        self.giving = self.words[_GIVING_AT : _GIVING_AT + _GIVING]
+        """Words that any worker may write: see giving.py."""
         self.posts = [Post(self.words, worker) for worker in range(WORKERS_MAX)]
 
     @property

@@ -31,7 +31,7 @@ import trio
 from imgfs import wire
 from imgfs.board import PAUSE, READING_SINCE_NS, WATCHER, Board
 from imgfs.device import Device
-from imgfs.disk import WouldBlock
+from imgfs.disk import Buffer, WouldBlock
 from imgfs.errors import MountFailed
 from imgfs.late import Express, LateRequests
 from imgfs.replies import Reply
@@ -282,9 +282,16 @@ class Desk:
         """Let the kernel ask again for *name*; in a thread, too."""
         self._tell(wire.forget_name(parent, name))
 
-    def _tell(self, message: bytes) -> None:
+    def give(self, inode: int, content: Buffer) -> None:
+        """Let the kernel keep *content* as the bytes of *inode*.
+
+        Waits for requests that ask for these bytes, so nobody may have it open yet.
+        """
+        self._tell(wire.keep_bytes(inode, len(content)), content)
+
+    def _tell(self, *message: Buffer) -> None:
         with contextlib.suppress(OSError):  # it remembers nothing
-            os.write(self._fuse, message)
+            os.writev(self._fuse, message)
 
     def waited(self, time_ns: int) -> None:
         """Note that a request had to wait for the disk for so long."""

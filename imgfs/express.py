@@ -22,6 +22,8 @@ from imgfs.answers import errno_of
 from imgfs.calls import Calls
 from imgfs.disk import Buffer, WouldBlock
 from imgfs.errors import ImgfsError, InvalidArgument
+from imgfs.format import Kind
+from imgfs.giving import Giving
 from imgfs.replies import CACHE_DIRECTORY, KEEP_CACHE, NO_FLUSH, Reply
 from imgfs.store import Store
 from imgfs.wire import IN_HEADER, NAMES, Head, Opcode, error_reply
@@ -50,8 +52,9 @@ class Asked(NamedTuple):
 class Express:
     """Answers for one worker."""
 
-    def __init__(self, store: Store, acts: Acts, calls: Calls) -> None:
+    def __init__(self, store: Store, acts: Acts, calls: Calls, giving: Giving | None = None) -> None:
         self._store = store
+        self._giving = giving
         self._acts = acts
         self._calls = calls
         self._timeout_s = acts.manner.timeout_s
@@ -103,6 +106,8 @@ class Express:
         _, opcode, _, node, *_ = head
         if opcode == Opcode.OPEN:
             self._store.prefetch(node)
+            if self._giving is not None:
+                self._giving.expect(node)
         return opcode == Opcode.OPEN
 
     async def answer_late(self, head: Head, request: bytes, row: int) -> Reply:
@@ -119,6 +124,8 @@ class Express:
     def _lookup(self, asked: Asked, *, nowait: bool = False) -> Reply:
         name = bytes(asked.body).partition(b"\0")[0]
         shown = self._acts.lookup(asked.node, name, asked.thread, nowait=nowait)
+        if self._giving is not None and shown.attr is not None and shown.attr.kind == Kind.FILE:
+            self._giving.expect(shown.attr.inode)
         return self._shown(asked.unique, shown)
 
     def _shown(self, unique: int, shown: Shown) -> Reply:
@@ -131,8 +138,21 @@ class Express:
     def _open(self, asked: Asked, *, nowait: bool = False) -> Reply:
         if _U32.unpack_from(asked.body)[0] & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY:
             raise InvalidArgument("an image that is opened to be written is for pyfuse3's handler")
-        handle = self._store.open_image(asked.node, nowait=nowait, row=asked.row)
+        handle = self._open_soon(asked) if nowait else 0
+        if not handle:
+            handle = self._store.open_image(asked.node, nowait=nowait, row=asked.row)
         return replies.opened(asked.unique, handle, KEEP_CACHE | NO_FLUSH)
+
+    def _open_soon(self, asked: Asked) -> int:
+        """Open a small image that is whole, 0 for any other; the kernel gets its bytes with it if it has none."""
+        store, giving, inode = self._store, self._giving, asked.node
+        seen = store.see(inode)
+        if seen is None:
+            return 0
+        handle = store.take_handle(inode, nowait=True, row=asked.row)
+        if giving is not None and giving.expects(inode):
+            giving.give(inode, seen)
+        return handle
 
     def _read(self, asked: Asked, *, nowait: bool = False) -> Reply:
         handle, offset, size = _RANGE.unpack_from(asked.body)

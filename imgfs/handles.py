@@ -27,6 +27,8 @@ _NONCE_MAX = 0xFFFF
 _LOW = struct.Struct("<I")  # the lower half of a word, which says the slot
 # With fewer free words in its own chunks a process takes another, so that it need not look for them too often.
 _FREE_MIN = 8
+# So many words are looked through in some microseconds.
+_FEW = 4096
 
 
 class Handles:
@@ -147,6 +149,11 @@ class Handles:
     def in_use(self, slot: int) -> bool:
         """Return whether a handle is open on any generation of *slot*."""
         return self._starts(_LOW.pack(slot + 1)) > 0
+
+    def is_only_one(self, inode: int) -> bool:
+        """Return whether *inode* has one handle; False too where it would take long to find out."""
+        used = self._memory.words[Word.HANDLES]
+        return used <= _FEW and self._starts(_LOW.pack(inode & 0xFFFF_FFFF)) == 1
 
     def slots(self) -> list[int]:
         """Return the slots that handles are open on."""

@@ -35,7 +35,7 @@ from imgfs.table import Table
 from imgfs.verified import Verified
 from imgfs.volumes import Volumes
 
-_KIND = Flag.KIND
+_KIND, _DIRECTORY, _WRITTEN = Flag.KIND, int(Kind.DIRECTORY), Flag.STAGED | Flag.UNBORN
 # An image up to this size is verified as a whole when it is opened; of a larger one each MiB when it is read.
 VERIFIED_AT_OPEN = 4 * MIB
 # An image that one read takes whole, and that is in memory, is verified again then: that costs less than to keep it.
@@ -49,6 +49,13 @@ class Whole(NamedTuple):
     offset: int
     sums: Checksums
     data: memoryview | None
+
+
+class Seen(NamedTuple):
+    """The bytes of an image, verified, and the record that it had."""
+
+    record: Record
+    data: memoryview
 
 
 class Images:
@@ -96,6 +103,21 @@ class Images:
 
     # -- reading ----------------------------------------------------------------------------------------------
 
+    def see(self, inode: int) -> Seen | None:
+        """Return a small image, verified; None if *inode* is none, or not whole: `open` says what it is.
+
+        Raises:
+            Stale: it is gone.
+            WouldBlock: the disk is needed.
+        """
+        record = self.record(inode)
+        flags = record.flags
+        if record.size > _NOT_KEPT_BYTES or flags & _WRITTEN or flags & _KIND == _DIRECTORY:
+            return None
+        volume = self._volumes.get(record.volume).volume
+        data = volume.data_of(inode, flags & _KIND, record.offset8 * ALIGNMENT, record.size)
+        return None if data is None else Seen(record, data)
+
     def open(self, inode: int, *, nowait: bool = False) -> None:
         """Verify the image *inode* as far as that is done before anything of it is served.
 
@@ -112,8 +134,6 @@ class Images:
             if record.flags & (Flag.STAGED | Flag.UNBORN):
                 return
             try:
-                if nowait and record.size <= _NOT_KEPT_BYTES and self._is_resident(inode, record):
-                    return
                 self.whole(inode, record, nowait=nowait, fresh=True)
                 return
             except Damaged:
@@ -121,11 +141,6 @@ class Images:
                     if not record.live and not self._handles.in_use(slot_of(inode)):
                         raise Stale(f"inode {inode:#x} is gone, and so are its bytes") from None
                     raise
-
-    def _is_resident(self, inode: int, record: Record) -> bool:
-        """Return whether the needle of *inode* is whole; only of one that is can it be said so soon. WouldBlock."""
-        volume = self._volumes.get(record.volume).volume
-        return volume.holds(inode, record.kind, record.offset8 * ALIGNMENT, record.size)
 
     def whole(self, inode: int, record: Record, *, nowait: bool = False, fresh: bool = False) -> Whole:
         """Return the needle of *inode*, its header verified, and its data too if that is at most 4 MiB.

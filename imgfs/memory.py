@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
+from imgfs.disk import WouldBlock
 from imgfs.errors import OtherLayout
 from imgfs.layout import (
     JOURNAL_AT,
@@ -210,6 +211,14 @@ class Memory:
                 raise
         self._entered()
         return True
+
+    def pass_through(self, *, nowait: bool) -> None:
+        """Enter `lock` and leave it: what others had begun within it is over. WouldBlock: *nowait*, and it is not."""
+        if not nowait:
+            self.acquire()
+        elif not self.try_acquire():
+            raise WouldBlock
+        self.release()
 
     def release(self) -> None:
         """Leave `lock`."""

@@ -1,8 +1,7 @@
 """A store: a tree of images on disk, opened and closed, its images read and written through handles.
 
-Owns the life of a store in this process, and what open images mean. Synchronous; knows nothing of FUSE, and can be
-used as a library. Names are looked up in view.py and changed in tree.py,
-extended attributes are in xattrs.py.
+Owns the life of a store in this process, and what open images mean. Synchronous; knows nothing of FUSE, and can be used
+as a library. Names are looked up in view.py and changed in tree.py, extended attributes are in xattrs.py.
 
 *Concurrency:* see view.py and tree.py. Handles and what is staged lie in shared memory and files, not here.
 """
@@ -334,12 +333,8 @@ class Store(Xattrs):
             self._images.writer()
         if not truncate:
             self._images.open(inode, nowait=nowait)
-        note = functools.partial(self.requests.opened, row) if row >= 0 else None
-        handle = self._handles.open(inode, WRITE if write else 0, note, nowait=nowait)
+        handle = self.take_handle(inode, write=write, nowait=nowait, row=row)
         try:
-            # The slot may have been given away between the two; from here on the handle keeps it.
-            if self._images.record(inode).kind == Kind.DIRECTORY:
-                raise IsADirectory("a directory has no bytes to read")
             if truncate:
                 self._locked(lambda _: self._images.truncate(inode, 0))
         except BaseException:

@@ -6,19 +6,21 @@ Owns no state. Must not know FUSE, nor how an image is written.
 that may have to wait for the disk takes `nowait=True` and then raises `WouldBlock` instead.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from imgfs.disk import Disk
+from imgfs.disk import Buffer, Disk
 from imgfs.errors import InvalidArgument, IsADirectory, NameTooLong, NotADirectory, NotFound, Stale
 from imgfs.format import ALIGNMENT, NAME_BYTES_MAX, Kind, footer_bytes, inode_of, slot_of
-from imgfs.handles import Handles
-from imgfs.images import Images
+from imgfs.giving import Giving
+from imgfs.handles import WRITE, Handles
+from imgfs.images import Images, Seen
 from imgfs.layout import SLOTS_MAX, SUBDIRECTORIES_MANY, Flag, Word
 from imgfs.load import links_of, live_bytes
 from imgfs.opening import ROOT, STAGING, Opened
 from imgfs.records import Record
-from imgfs.requests import Requests
+from imgfs.requests import NOBODY, Requests
 from imgfs.staging import DIRTY, Staging
 
 # Plain numbers and a list: names of an enum take as long as a call, making one of a number five times as long.
@@ -113,6 +115,7 @@ class View:
         self._handles = Handles(self._memory)
         self.requests = Requests(self._memory, self._handles)
         self._staging = Staging(disk, f"{path}/{STAGING}", self._memory)
+        self._giving: Giving | None = None
         self._images = Images(self._table, self._volumes, self._handles, self._staging, parts.log)
 
     def lookup(self, parent: int, name: bytes, *, nowait: bool = False) -> int:
@@ -328,6 +331,30 @@ class View:
         if record.kind == Kind.FILE and not record.flags & (Flag.STAGED | Flag.UNBORN):
             size = min(record.size + footer_bytes(record.size), _PREFETCH_BYTES)
             self._volumes.get(record.volume).volume.prefetch(record.offset8 * ALIGNMENT, size)
+
+    def see(self, inode: int) -> Seen | None:
+        """Return the image *inode*, verified; None: `open_image` knows more. WouldBlock."""
+        return self._images.see(inode)
+
+    def take_handle(self, inode: int, *, write: bool = False, nowait: bool = False, row: int = NOBODY) -> int:
+        """Return a handle on *inode*, which was verified; as `Store.open_image`."""
+        note = functools.partial(self.requests.opened, row) if row >= 0 else None
+        handle = self._handles.open(inode, WRITE if write else 0, note, nowait=nowait)
+        try:
+            # The slot may have been given away between the two; from here on the handle keeps it.
+            if self._images.record(inode).kind == Kind.DIRECTORY:
+                raise IsADirectory("a directory has no bytes to read")
+            if write or (self._giving is not None and self._giving.is_giving(inode)):
+                self._memory.pass_through(nowait=nowait)
+        except BaseException:
+            self._handles.release(handle)
+            raise
+        return handle
+
+    def giving(self, shared: memoryview, tell: Callable[[int, Buffer], None]) -> Giving:
+        """Return what gives the kernel images that are opened; arguments as Giving."""
+        self._giving = Giving(self._memory, self._handles, self._images, shared, tell)
+        return self._giving
 
     def space(self) -> Space:
         """Return the true numbers of the file system the store lies on."""

@@ -143,8 +143,8 @@ class Volume:
             raise Damaged(f"volume {self.header.volume_id}, offset {offset}: the header of this image is damaged")
         return needle
 
-    def holds(self, inode: int, kind: int, offset: int, size: int) -> bool:
-        """Return whether what lies at *offset* is the whole needle of *inode* with *size* bytes of data, at most a MiB.
+    def data_of(self, inode: int, kind: int, offset: int, size: int) -> memoryview | None:
+        """Return the *size* bytes of data, at most a MiB, of *inode*; None unless its whole needle lies at *offset*.
 
         As good as `unpack`, `footer_of` and a checksum, in a third of the time: every `open` asks for this.
 
@@ -153,20 +153,22 @@ class Volume:
         """
         data = self.read_resident(offset, NEEDLE_HEADER_BYTES_MAX + size + FOOTER.size)
         if len(data) < NEEDLE_HEADER_BYTES:
-            return False
+            return None
         fields = NEEDLE_HEADER.unpack_from(data)
         magic, header_bytes, its_kind, its_inode, its_size, name_bytes = _PLACING(fields)
         start = header_bytes + name_bytes
         if (magic, its_kind, its_inode, its_size) != (NEEDLE_MAGIC, kind, inode, size) or start > len(data):
-            return False
+            return None
         (checksum,) = CHECKSUM.unpack_from(data, NEEDLE_HEADER.size)
         if checksum != header_checksum(data, start, self._seed, offset):
-            return False
-        if not size:
-            return True
+            return None
         view = memoryview(data)
-        sums = unpack_footer(view[start + size :], size, checksum)
-        return sums is not None and sums.data == crc32c(view[start : start + size])
+        content = view[start : start + size]
+        if size:
+            sums = unpack_footer(view[start + size :], size, checksum)
+            if sums is None or sums.data != crc32c(content):
+                return None
+        return content
 
     def unpack(self, data: Buffer, offset: int) -> Needle | None:
         """Return the needle whose header starts *data*, read at *offset*; None if it is not whole or makes no sense."""

@@ -36,8 +36,10 @@ RESEND = OUT_HEADER.pack(OUT_HEADER.size, _NOTIFY_RESEND, 0)
 
 _NOTIFY_INVAL_INODE = 2
 _NOTIFY_INVAL_ENTRY = 3
+_NOTIFY_STORE = 4
 _INVAL_INODE = struct.Struct("<Qqq")  # inode, offset, length: 0 for all
 _INVAL_ENTRY = struct.Struct("<QII")  # parent, length of the name, flags
+_STORE = struct.Struct("<IiQ" + "QQII")  # behind the header: inode, offset, size, padding
 
 _INIT_IN = struct.Struct("<IIIII")  # major, minor, max_readahead, flags, flags2
 _INIT_EXT = 1 << 30
@@ -132,6 +134,11 @@ def forget_name(parent: int, name: bytes) -> bytes:
     """Return what makes the kernel drop what it knows of *name* in *parent*."""
     head = OUT_HEADER.pack(OUT_HEADER.size + _INVAL_ENTRY.size + len(name) + 1, _NOTIFY_INVAL_ENTRY, 0)
     return head + _INVAL_ENTRY.pack(parent, len(name), 0) + name + b"\0"
+
+
+def keep_bytes(inode: int, size: int) -> bytes:
+    """Return what, with *size* bytes behind it, makes the kernel take them for the first ones of *inode*."""
+    return _STORE.pack(_STORE.size + size, _NOTIFY_STORE, 0, inode, 0, size, 0)
 
 
 def can_resend(init: bytes) -> bool:

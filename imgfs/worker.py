@@ -42,7 +42,7 @@ def work(number: int, common: Common) -> None:
     desk.install()
     acts, calls = Acts(store, common.manner), Calls(store, desk)
     filesystem = at_desk(desk, Filesystem(store, desk, acts, calls))
-    desk.express = Express(store, acts, calls)
+    desk.express = Express(store, acts, calls, store.giving(common.board.giving, desk.give))
     pyfuse3.init(filesystem, desk.session_path, {"default_permissions"})
     trio.run(_serve, desk, common.board, number)
 
