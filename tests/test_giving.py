@@ -2,13 +2,14 @@
 
 import os
 import random
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from mounted import Mounted
+from mounted import WORKER_DEATHS, Mounted, wait_until
 from stores import disk_of, new_store, put, write_image
 
 from imgfs.disk import Buffer, WouldBlock
@@ -201,7 +202,7 @@ def test_whoever_opens_an_image_after_it_was_changed_reads_what_it_is_now(stoppe
         while not end.is_set():
             number = random.randrange(len(paths))
             before = version[number]
-            found = paths[number].read_bytes()
+            found = _read(paths[number])
             if version[number] == before and not before % 2:
                 checked[0] += 1
                 if found != _content(before):
@@ -222,6 +223,51 @@ def test_whoever_opens_an_image_after_it_was_changed_reads_what_it_is_now(stoppe
         assert not reader.is_alive()
     assert wrong == []
     assert checked[0] > 100
+
+
+@pytest.mark.mount
+@pytest.mark.root
+def test_workers_die_while_they_give(stopped: Mounted) -> None:
+    """Several read the same images: some are given them, some ask, and nobody waits for a page for ever."""
+    stopped.expected_log += WORKER_DEATHS
+    stopped.start("workers=2,timeout=0")
+    paths = [stopped.point / f"{number}" for number in range(2)]
+    for path in paths:
+        path.write_bytes(_content(1))
+    wrong: list[str] = []
+    end = threading.Event()
+
+    def read() -> None:
+        while not end.is_set():
+            path = random.choice(paths)
+            if _read(path) != _content(1):
+                wrong.append(path.name)
+
+    readers = [threading.Thread(target=read) for _ in range(6)]
+    for reader in readers:
+        reader.start()
+    for _ in range(20):
+        killed = random.choice(stopped.children("worker"))
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda gone=killed: _served(stopped, gone), "another takes its place", process=stopped.process)  # type: ignore[misc]
+    end.set()
+    for reader in readers:
+        reader.join(60)
+        assert not reader.is_alive()
+    assert wrong == []
+
+
+def _served(mounted: Mounted, gone: int) -> bool:
+    workers = mounted.children("worker")
+    return gone not in workers and len(workers) == 2
+
+
+def _read(path: Path) -> bytes:
+    """Return what *path* holds; the kernel forgets it, so that the next one has to be given it, or to ask."""
+    with open(path, "rb") as file:
+        found = file.read()
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return found
 
 
 def _content(version: int) -> bytes:
