@@ -128,6 +128,21 @@ def hold_a_read(marker: str) -> None:
     maintenance._SETTLE_S = 0.5
 
 
+def slow_sync_of_maintenance(seconds: str) -> None:
+    """The process that gives space back waits so long for each sync of a volume."""
+    run, sync = maintenance._Maintenance.run, Disk.sync
+
+    def slow(self: Disk, file: int) -> None:
+        time.sleep(float(seconds))
+        sync(self, file)
+
+    def run_slowly(self: maintenance._Maintenance) -> None:
+        Disk.sync = slow  # type: ignore[method-assign]
+        run(self)
+
+    maintenance._Maintenance.run = run_slowly  # type: ignore[method-assign]
+
+
 def die_at_step(marker: str) -> None:
     """A worker that finds the file *marker* when it begins a change takes it, and dies at the step it names.
 
@@ -219,6 +234,7 @@ FAULTS = {
     "never-at-once": never_at_once,
     "never-resent": never_resent,
     "slow-disk": slow_disk,
+    "slow-sync-of-maintenance": slow_sync_of_maintenance,
 }
 
 if __name__ == "__main__":

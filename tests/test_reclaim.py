@@ -105,6 +105,17 @@ def test_df_falls_of_an_rm_that_space_is_given_back_during(stopped: Mounted) -> 
     wait_until(lambda: free_bytes(stopped) > shown + 0.8 * size * count, "df shows it")
 
 
+def test_who_has_waited_for_the_disk_looks_again_soon(stopped: Mounted) -> None:
+    """Only what takes the processor makes the next look come later."""
+    stopped.start(NOW, fault=("slow-sync-of-maintenance", "2"))
+    for number in range(3):
+        (stopped.point / f"{number}").write_bytes(image(number, MIB))
+    before = disk_bytes(stopped)
+    for number in range(2):
+        (stopped.point / f"{number}").unlink()
+        wait_until(lambda freed=number + 0.8: disk_bytes(stopped) < before - freed * MIB, f"{number} is freed")
+
+
 def test_what_is_open_is_readable_until_it_is_closed(stopped: Mounted) -> None:
     stopped.start(NOW)
     size = 6 * MIB  # opening verifies less, and what is verified stays in a cache that takes less
