@@ -191,8 +191,8 @@ class XfsDisk:
 def give_back_ahead(directory: Path) -> None:
     """Let the XFS that holds *directory* give back what it has set aside behind the ends of files.
 
-    It does so for files that grow, often twice of what they hold, and df and `st_blocks` count it. The first close of
-    a file that was written gives it back at once; what later writes set aside stays for five minutes.
+    It does so for files that grow, often as much again as they are long, and df and `st_blocks` count it. The first
+    close of a file that was written gives it back at once; what later writes set aside stays for five minutes.
     """
     opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
