@@ -140,6 +140,10 @@ class Express:
 
     def _readdirplus(self, asked: Asked, *, nowait: bool = False) -> Reply:
         directory, position, size = _RANGE.unpack_from(asked.body)
+        page = self._acts.page(directory, position, size // replies.LISTED_BYTES_MIN, nowait=nowait)
+        if page is not None:
+            dots = self._acts.dots(directory, position)
+            return replies.page(asked.unique, dots, page, self._store.access_times, self._timeout_s, size)
         listing = _until_it_blocks(self._acts.listing(directory, position, nowait=nowait))
         return replies.listing(asked.unique, listing, self._store.access_times, self._timeout_s, size)
 
