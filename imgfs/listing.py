@@ -7,13 +7,14 @@ one by one (view.py), and says so.
 *Concurrency:* reads the table once, and counts for nothing if that changed meanwhile.
 """
 
+import mmap
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from imgfs.buckets import BUCKETS_MAX, HASH_BITS, bucket_count
-from imgfs.errors import ImgfsError
+from imgfs.errors import Stale
 from imgfs.format import Kind
 from imgfs.index import NAME_BYTES_READ, Names
 from imgfs.layout import (
@@ -43,8 +44,10 @@ CHILDREN_MIN = 12
 # Longer chains are those of a table that changes meanwhile, or somebody chose names that collide.
 _CHAIN_MAX = 1 << 10
 _TRIES = 3
-# What is read of names at once, and kept while listings go on.
-_STRETCHES_BYTES_MAX = 64 << 20
+# What is read of names at once, and kept while listings go on: so much in all, of a volume so much for each child of
+# the directory. To read a name alone takes as long as to read this many bytes.
+_STRETCHES_BYTES_MAX = 32 << 20
+_STRETCH_BYTES_EACH = 4 << 10
 # A stretch longer than this begins and ends where the next answer's may be expected to.
 _STRETCH_STEP = 256 << 10
 _SECOND_NS = 1_000_000_000
@@ -128,7 +131,10 @@ class Listing:
         odd |= (kinds == _LINK) | (kinds == 0) | (records["name_offset"] == 0)
         if odd.any():
             return None
-        names = self._names(records, nowait=nowait)
+        try:
+            names = self._names(records, self._table.buckets.children(directory), nowait=nowait)
+        except Stale:
+            return None  # compacted meanwhile
         if names is None:
             return None
         sizes, subdirectories = records["size"].astype(np.int64), records["volume"].astype(np.int64)
@@ -203,21 +209,22 @@ class Listing:
 
     # -- names ------------------------------------------------------------------------------------------------
 
-    def _names(self, records: Records, *, nowait: bool) -> tuple[Numbers, Bytes] | None:
-        """Return (lengths, bytes) of the names of *records*; None if they are better read one by one."""
+    def _names(self, records: Records, children: int, *, nowait: bool) -> tuple[Numbers, Bytes] | None:
+        """Return (lengths, bytes) of the names of *records*, of *children* in all; None if one is none.
+
+        Raises:
+            Damaged, WouldBlock: as `Names.get`.
+        """
         rows, offsets = records["name_volume"], records["name_offset"].astype(np.int64)
         lengths = np.zeros(len(records), np.int64)
-        stretches = self._around(rows, offsets, nowait=nowait)
-        if stretches is None:
-            return None
         sources = []
-        for row, stretch in stretches.items():
+        for row in map(int, np.unique(rows)):
             chosen = np.flatnonzero(rows == row)
-            starts = offsets[chosen] - stretch.start
-            lengths[chosen] = stretch.content[starts]
-            if (starts + lengths[chosen]).max() >= len(stretch.content):
+            found = self._names_in(self._volumes.get(row).names, offsets[chosen], children, nowait=nowait)
+            if found is None:
                 return None
-            sources.append((chosen, starts + 1, stretch.content))
+            starts, lengths[chosen], content = found
+            sources.append((chosen, starts, content))
         names = np.empty(int(lengths.sum()), np.uint8)
         begins = np.cumsum(lengths) - lengths
         for chosen, starts, content in sources:
@@ -228,34 +235,42 @@ class Listing:
             return None
         return lengths, names
 
-    def _around(self, rows: Numbers, offsets: Numbers, *, nowait: bool) -> dict[int, _Stretch] | None:
-        """Return by row the stretches that the names at *offsets* of the volumes in *rows* lie in."""
-        found, missing, size = {}, [], 0
-        for row in map(int, np.unique(rows)):
-            try:
-                names = self._volumes.get(row).names
-            except ImgfsError:
-                return None
-            starts = offsets[rows == row]
-            first, last = int(starts.min()), int(starts.max())
-            self._used.add(names)
-            kept = self._stretches.get(names)
-            if kept is not None and kept.holds(first, last):
-                found[row] = kept
-                continue
+    def _names_in(
+        self, names: Names, offsets: Numbers, children: int, *, nowait: bool
+    ) -> tuple[Numbers, Numbers, Bytes] | None:
+        """Return (starts, lengths, bytes) of what stands at *offsets*: each name is in the bytes, where it starts."""
+        stretch = self._stretch(names, int(offsets.min()), int(offsets.max()), children, nowait=nowait)
+        if stretch is None:
+            found = [names.get(int(offset), nowait=nowait) for offset in offsets]
+            lengths = np.array([len(name) for name in found])
+            return np.cumsum(lengths) - lengths, lengths, np.frombuffer(b"".join(found), np.uint8)
+        starts = offsets - stretch.start
+        lengths = stretch.content[starts].astype(np.int64)
+        if (starts + lengths).max() >= len(stretch.content):
+            return None
+        return starts + 1, lengths, stretch.content
+
+    def _stretch(self, names: Names, first: int, last: int, children: int, *, nowait: bool) -> _Stretch | None:
+        """Return a stretch with the names from offset *first* to *last*; None if they are better read one by one."""
+        kept = self._stretches.get(names)
+        if kept is None or not kept.holds(first, last):
             end = last + NAME_BYTES_READ
             if end - first > _STRETCH_STEP:
                 first, end = first // _STRETCH_STEP * _STRETCH_STEP, -(-end // _STRETCH_STEP) * _STRETCH_STEP
-            missing.append((row, names, first, end))
-            size += end - first
-        if size > _STRETCHES_BYTES_MAX:
-            return None
-        if missing and size + sum(len(kept.content) for kept in self._stretches.values()) > _STRETCHES_BYTES_MAX:
-            self._stretches = {}
-        for row, names, first, end in missing:
-            content = np.frombuffer(names.stretch(first, end - first, nowait=nowait), np.uint8)
-            self._stretches[names] = found[row] = _Stretch(first, content)
-        return found
+            others = sum(len(other.content) for of, other in list(self._stretches.items()) if of is not names)
+            if end - first > min(children * _STRETCH_BYTES_EACH, _STRETCHES_BYTES_MAX - others):
+                return None
+            content = _in_own_pages(names.stretch(first, end - first, nowait=nowait))
+            kept = self._stretches[names] = _Stretch(first, content)
+        self._used.add(names)
+        return kept
+
+
+def _in_own_pages(data: bytes) -> Bytes:
+    """Return a copy of *data* that leaves no gap in the heap, which nobody else fills, when it is freed."""
+    pages = mmap.mmap(-1, max(len(data), 1))
+    pages[: len(data)] = data
+    return np.frombuffer(pages, np.uint8, len(data))
 
 
 def ranges(starts: Numbers, lengths: Numbers) -> Numbers:

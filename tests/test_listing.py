@@ -317,10 +317,28 @@ def test_names_that_came_since_are_read(monkeypatch: pytest.MonkeyPatch) -> None
     assert entries(store) == list(store.list(ROOT))
 
 
-def test_names_far_from_each_other_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = filled()
-    monkeypatch.setattr("imgfs.listing._STRETCHES_BYTES_MAX", 100)
-    assert taken(store) is None
+def test_names_far_from_each_other_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store(LARGE)
+    directory = store.mkdir(ROOT, b"directory", 0o755, 0, 0)
+    for number in range(40):
+        put(store, directory, b"%d" % number)
+        for other in range(20):
+            put(store, ROOT, b"%0250d" % (20 * number + other))
+    reads = Reads(store, monkeypatch)
+    assert entries(store, directory) == list(store.list(directory))
+    assert not reads.sizes
+    assert len(entries(store)) == 801
+    assert reads.sizes
+
+
+def test_of_many_volumes_no_more_names_are_kept_than_may_be(acts: Acts, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = acts._store
+    monkeypatch.setattr("imgfs.listing._STRETCHES_BYTES_MAX", 15_000)
+    listed = [(entry.key, entry.inode, entry.name) for entry in store.list(ROOT)]
+    assert entries(store) == listed
+    kept = [len(stretch.content) for stretch in store._listing._stretches.values()]
+    assert len(store._volumes.rows()) > len(kept) > 0
+    assert sum(kept) <= 15_000
 
 
 def test_a_volume_that_is_gone_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
