@@ -385,14 +385,15 @@ class Active:
         return end, served
 
     def _end_now(self, wanted: Range) -> int:
-        """Return how far the volume of *wanted* reaches; 0 if it cannot be said at once, or another is active by now.
+        """Return how far the volume of *wanted* reaches; 0 if it cannot be said at once, or it was sealed meanwhile.
 
         No `Memory.consistent`: that may have to wait for the lock, and who has that may wait for us.
         """
         words = self._words
         before = words[Word.COUNTER]
-        entry, end = words[Word.ACTIVE], words[Word.ACTIVE_END]
-        return end if not before & 1 and entry == wanted.entry and words[Word.COUNTER] == before else 0
+        entry, end, sealed = words[Word.ACTIVE], words[Word.ACTIVE_END], self._table.is_sealed(wanted.entry)
+        ours = entry == wanted.entry and not sealed
+        return end if ours and not before & 1 and words[Word.COUNTER] == before else 0
 
     def _sync_names(self) -> None:
         try:
