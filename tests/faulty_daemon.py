@@ -5,6 +5,7 @@ Owns the faults. It runs the real program; only the one thing that a fault names
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from pyfuse3 import FUSEError
 
 from imgfs import maintenance, wire, worker
 from imgfs.acts import Acts
@@ -65,6 +68,26 @@ def slow_disk(_: str) -> None:
         raise WouldBlock
 
     Disk.read_resident = slow  # type: ignore[method-assign]
+
+
+def no_handler_syncs(_: str) -> None:
+    """What pyfuse3's handlers would make durable fails."""
+
+    async def fail(*_: object) -> None:
+        raise FUSEError(errno.ENOTSUP)
+
+    Filesystem.fsync = Filesystem.fsyncdir = fail  # type: ignore[method-assign,assignment]
+
+
+def slow_syncs(_: str) -> None:
+    """The disk takes its time to make anything durable."""
+    sync = Disk.sync
+
+    def slow(self: Disk, file: int) -> None:
+        time.sleep(0.02)
+        sync(self, file)
+
+    Disk.sync = slow  # type: ignore[method-assign]
 
 
 def hang_at_name(name: str) -> None:
@@ -233,8 +256,10 @@ FAULTS = {
     "hang-behind-a-read": hang_behind_a_read,
     "never-at-once": never_at_once,
     "never-resent": never_resent,
+    "no-handler-syncs": no_handler_syncs,
     "slow-disk": slow_disk,
     "slow-sync-of-maintenance": slow_sync_of_maintenance,
+    "slow-syncs": slow_syncs,
 }
 
 if __name__ == "__main__":
