@@ -55,6 +55,11 @@ _SYNCED_SHIFT = 48
 _SYNCED_MASK = (1 << _SYNCED_SHIFT) - 1
 
 
+def nobody() -> int:
+    """Return how many ask for a sync that is nobody's in particular."""
+    return 0
+
+
 class Failure:
     """Why a store takes no changes: the upper half of Word.FAILED. The lower half is the errno.
 
@@ -343,8 +348,12 @@ class Active:
         words = self._words
         self._sync_volume(self.volume, Range(words[Word.ACTIVE], words[Word.ACTIVE_END], words[Word.FAILURES]))
 
-    def _sync_volume(self, volume: Volume, wanted: Range) -> None:
-        """Make *volume* durable, unless another process has done that for the range that is *wanted*."""
+    def _sync_volume(self, volume: Volume, wanted: Range, asked: Callable[[], int] = nobody) -> tuple[int, int]:
+        """Make *volume* durable, unless another process has done that for the range that is *wanted*.
+
+        Return how far it is durable, which may be farther, and how many of those whom *asked* counts that serves; 0 if
+        it is not farther.
+        """
         words = self._words
         # The kernel reports a lost page once for an open file and then forgets it: no later sync would say the truth,
         # nor one at the same time, such as that of a seal.
@@ -354,12 +363,16 @@ class Active:
                 raise DiskFailure(f"{volume.path}: {_FAILURES[Failure.LOST]}")
             synced = words[Word.SYNCED]
             if synced >> _SYNCED_SHIFT == wanted.entry and synced & _SYNCED_MASK >= wanted.end:
-                return
+                return wanted.end, 0
+            # Another process may have synced for long, and who came meanwhile need not wait for another run.
+            served, end = asked(), self._end_now(wanted)
+            if not end:
+                served, end = 0, wanted.end
             try:
                 if words[Word.SYNCING] and words[Word.ACTIVE] == wanted.entry:
                     # Who was killed within a sync may have been told of lost pages, as nobody will be again: they are
                     # written once more, so that this sync means them, too.
-                    volume.write_again(words[Word.DURABLE], wanted.end)
+                    volume.write_again(words[Word.DURABLE], end)
                 words[Word.SYNCING] = 1
                 volume.sync()
             except OSError as error:
@@ -367,8 +380,20 @@ class Active:
                 self._fail(Failure.LOST, error)
                 words[Word.SYNCING] = 0
                 raise
-            words[Word.SYNCED] = wanted.entry << _SYNCED_SHIFT | wanted.end
+            words[Word.SYNCED] = wanted.entry << _SYNCED_SHIFT | end
             words[Word.SYNCING] = 0
+        return end, served
+
+    def _end_now(self, wanted: Range) -> int:
+        """Return how far the volume of *wanted* reaches; 0 if it cannot be said at once, or it was sealed meanwhile.
+
+        No `Memory.consistent`: that may have to wait for the lock, and who has that may wait for us.
+        """
+        words = self._words
+        before = words[Word.COUNTER]
+        entry, end, sealed = words[Word.ACTIVE], words[Word.ACTIVE_END], self._table.is_sealed(wanted.entry)
+        ours = entry == wanted.entry and not sealed
+        return end if ours and not before & 1 and words[Word.COUNTER] == before else 0
 
     def _sync_names(self) -> None:
         try:

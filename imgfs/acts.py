@@ -12,16 +12,24 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from imgfs.errors import Stale
 from imgfs.format import Kind
+from imgfs.listing import Page
 from imgfs.store import PERMISSIONS, Attr, Store
 
 # What programs are told to read and write at once: as much as the kernel asks for in one request by default.
 BLOCK_BYTES = 128 << 10
 
+# Positions of a listing: 1 is behind `.`, this behind `..`, and that many more than its key behind each other entry.
+_DOTS = 2
+
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 # The mode of a special file says its type itself.
 _TYPE_BITS = {Kind.FILE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK, Kind.SPECIAL: 0}
+_TYPE_BITS_OF = np.array([_TYPE_BITS.get(kind, 0) for kind in Kind])
 
 
 class Manner(NamedTuple):
@@ -55,6 +63,12 @@ class Listed(NamedTuple):
 def mode_of(attr: Attr) -> int:
     """Return permissions and type of *attr* as stat(2) has them."""
     return _TYPE_BITS[attr.kind] | attr.mode
+
+
+def modes_of(page: Page) -> npt.NDArray[np.int64]:
+    """As `mode_of`, for each entry of *page*."""
+    modes: npt.NDArray[np.int64] = _TYPE_BITS_OF[page.kinds] | page.modes
+    return modes
 
 
 class Acts:
@@ -95,21 +109,33 @@ class Acts:
             Stale: it is gone.
             WouldBlock: *nowait* is set and a name is not in memory.
         """
-        # Positions: 1 is behind `.`, 2 behind `..`, and key + 2 behind the entry with that key.
         store = self._store
-        if position < 1:
-            yield Listed(1, b".", store.attr(directory))
-        if position < 2:
-            yield Listed(2, b"..", store.attr(self._directory_above(directory)))
+        yield from self.dots(directory, position)
         hides = self.manner.publish_at_close
-        for key, inode, name in store.list(directory, max(position - 2, 0), nowait=nowait):
+        for key, inode, name in store.list(directory, max(position - _DOTS, 0), nowait=nowait):
             try:
                 if hides and store.creator(inode):
                     continue
                 attr = store.attr(inode)
             except Stale:
                 continue  # removed meanwhile
-            yield Listed(key + 2, name, attr)
+            yield Listed(key + _DOTS, name, attr)
+
+    def dots(self, directory: int, position: int) -> Iterator[Listed]:
+        """Yield of `.` and `..` what comes behind *position*. Stale."""
+        store = self._store
+        if position < 1:
+            yield Listed(1, b".", store.attr(directory))
+        if position < _DOTS:
+            yield Listed(_DOTS, b"..", store.attr(self._directory_above(directory)))
+
+    def page(self, directory: int, position: int, count: int, *, nowait: bool = False) -> Page | None:
+        """Return some *count* entries behind *position*, but for `.` and `..`; their keys are positions.
+
+        None where it takes `listing`, which raises the same.
+        """
+        page = self._store.page(directory, max(position - _DOTS, 0), count, nowait=nowait)
+        return page._replace(keys=page.keys + _DOTS) if page is not None else None
 
     def _directory_above(self, directory: int) -> int:
         try:

@@ -8,6 +8,9 @@ Must not know FUSE, nor the store.
 after. Two that share a row push each other out.
 """
 
+import numpy as np
+import numpy.typing as npt
+
 from imgfs.layout import ATIME, ATIMES_AT, ATIMES_MAX
 from imgfs.memory import Memory
 
@@ -38,3 +41,11 @@ class AccessTimes:
             return mtime_ns
         atime_ns = self._times_ns[at + 1]
         return atime_ns if self._inodes[at] == inode else mtime_ns
+
+    def get_many(self, inodes: npt.NDArray[np.int64], mtimes_ns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """As `get`, of many."""
+        known, times_ns = np.frombuffer(self._inodes, np.int64), np.frombuffer(self._times_ns, np.int64)
+        at = inodes % ATIMES_MAX * 2
+        before = known[at] == inodes
+        atimes_ns = times_ns[at + 1]
+        return np.where(before & (known[at] == inodes), atimes_ns, mtimes_ns)

@@ -13,6 +13,7 @@ who still reads.
 
 import mmap
 import os
+import threading
 
 WORKERS_MAX = 16
 
@@ -31,10 +32,12 @@ READING_SINCE_NS, BEAT_NS, IN_HAND, ANSWERED, READY, WAITED, WAITED_NS = range(7
 class Post:
     """The words of one worker."""
 
-    __slots__ = ("words",)
+    __slots__ = ("_lock", "words")
 
     def __init__(self, words: memoryview, worker: int) -> None:
         self.words = words[_WORKER_AT + worker * _WORDS_EACH :][:_WORDS_EACH]
+        # Requests are read on the loop of a worker; some are answered in a thread.
+        self._lock = threading.Lock()
 
     def clear(self) -> None:
         """Forget the last worker of that number."""
@@ -67,13 +70,15 @@ class Post:
 
     def took(self) -> None:
         """Note that it has read one more request."""
-        self.words[IN_HAND] += 1
+        with self._lock:
+            self.words[IN_HAND] += 1
 
     def gave(self) -> None:
         """Note that it has answered a request."""
         words = self.words
-        words[IN_HAND] -= 1
-        words[ANSWERED] += 1
+        with self._lock:
+            words[IN_HAND] -= 1
+            words[ANSWERED] += 1
 
     def waited(self, time_ns: int) -> None:
         """Note that a request had to wait for the disk for so long."""

@@ -32,10 +32,10 @@ from imgfs.layout import (
 from imgfs.memory import Memory
 
 _U32 = struct.Struct("<I")
-_HASH_BITS = 24
+HASH_BITS = 24
 _HASHES_AT = RECORDS_AT + AT_HASH  # the hash of slot 0
 _LOAD = 4  # records per bucket: one byte of bucket memory per record
-BUCKETS_MAX = 1 << _HASH_BITS
+BUCKETS_MAX = 1 << HASH_BITS
 _ONE_BUCKET_MAX = 2 * _LOAD  # below this the directory's own record holds its only bucket
 # Only a reader that overtakes a writer can walk further; the sequence counter makes it start again.
 _CHAIN_MAX = 1 << 20
@@ -156,9 +156,9 @@ class Buckets:
         bits = buckets.bit_length() - 1
         # Of the *bits* low bits of the hash, reversed, counted upwards; the next bit decides between a bucket and
         # the one that was split off it.
-        prefix = position >> 32 >> (_HASH_BITS - bits)
+        prefix = position >> 32 >> (HASH_BITS - bits)
         while prefix < 1 << bits:
-            low = reversed_hash(prefix << (_HASH_BITS - bits))
+            low = reversed_hash(prefix << (HASH_BITS - bits))
             group = [low] if low + (1 << bits) >= buckets else [low, low + (1 << bits)]
             found = []
             for bucket in group:

@@ -13,6 +13,7 @@ import trio
 
 from imgfs.desk import Desk
 from imgfs.disk import WouldBlock
+from imgfs.group_sync import GroupSync
 from imgfs.requests import NOBODY
 from imgfs.store import Store
 
@@ -22,9 +23,9 @@ T = TypeVar("T")
 INLINE_BYTES = 256 << 10
 # Requests that wait for the disk at the same time; more than a disk can make use of.
 THREADS = 32
-# A sync holds the lock for some 50 us before and after it waits for the disk. Once one change goes to a thread for
-# that, all that come meanwhile follow it there, at ten times the cost.
-_LOCK_TRIES, _LOCK_PAUSE_S = 4, 20e-6
+# Another worker holds the lock for some 70 us for each change, longer if it is taken off its processor meanwhile. Once
+# one change goes to a thread for that, all that come meanwhile follow it there, at ten times the cost.
+_LOCK_WAIT_NS, _LOCK_PAUSE_S = 3_000_000, 20e-6
 # On a full disk a change waits so long for space to be given back.
 ROOM_S, ROOM_POLL_S = 10.0, 0.01
 
@@ -37,6 +38,8 @@ class Calls:
         self._desk = desk
         self._changes = trio.Lock()
         self._threads = trio.CapacityLimiter(THREADS)
+        self.syncs = GroupSync(store.sync_for)
+        """Makes durable all that is done."""
 
     async def cold(self, look: Callable[..., T], *args: Any) -> T:
         """Return `look(*args)`, from a thread if it has to wait for the disk."""
@@ -49,11 +52,15 @@ class Calls:
             finally:
                 self._desk.waited(time.monotonic_ns() - since_ns)
 
-    async def find_room(self) -> bool:
-        """Wait until the space of what is kept for undelete is given back; return whether anybody does that."""
+    async def find_room(self, row: int | None = None) -> bool:
+        """Wait until the space of what is kept for undelete is given back; return whether anybody does that.
+
+        *row* is that of the request which waits; without it, that of the task that calls.
+        """
         asked = self._store.ask_for_room()
         if asked:
-            requests, row = self._store.requests, self._desk.row()
+            requests = self._store.requests
+            row = self._desk.row() if row is None else row
             requests.wait(row, waiting=True)
             try:
                 with trio.move_on_after(ROOM_S), self._desk.wait:
@@ -84,6 +91,11 @@ class Calls:
             pass
         with self._desk.wait:
             async with self._changes:
+                # Those behind wait less for it on the loop than for a thread.
+                try:
+                    return self._on_loop(row, size, change, *args)
+                except WouldBlock:
+                    pass
                 return await self.in_thread(_requested, self._store, row, change, *args)
 
     def at_once(self, row: int, size: int, change: Callable[..., T], *args: Any, **named: Any) -> T:
@@ -92,10 +104,16 @@ class Calls:
         Raises:
             WouldBlock: they are many, or somebody else is at a change; nothing was done.
         """
-        store = self._store
         # Nothing runs between this test and the end of the call, so the lock need not be taken: that would cost
         # a turn of the loop. Who waits for it holds it from the moment its holder lets go, and is not overtaken.
-        if size > INLINE_BYTES or store.must_roll(size) or self._changes.locked() or not self._try_lock():
+        if self._changes.locked():
+            raise WouldBlock
+        return self._on_loop(row, size, change, *args, **named)
+
+    def _on_loop(self, row: int, size: int, change: Callable[..., T], *args: Any, **named: Any) -> T:
+        """As `at_once`, for who is not held up by another change of this worker."""
+        store = self._store
+        if size > INLINE_BYTES or store.must_roll(size) or not self._try_lock():
             raise WouldBlock
         try:
             return _requested(store, row, change, *args, **named)
@@ -103,14 +121,16 @@ class Calls:
             store.unlock()
 
     def _try_lock(self) -> bool:
-        """Lock the store if nobody holds it for longer than it takes to begin or end a sync."""
-        tries = _LOCK_TRIES
-        while not self._store.try_lock():
-            tries -= 1
-            if not tries:
-                return False
+        """Lock the store if nobody holds it for longer than small changes take."""
+        store = self._store
+        if store.try_lock():
+            return True
+        deadline_ns = time.monotonic_ns() + _LOCK_WAIT_NS
+        while time.monotonic_ns() < deadline_ns:
             time.sleep(_LOCK_PAUSE_S)
-        return True
+            if store.try_lock():
+                return True
+        return False
 
 
 def _requested(store: Store, row: int, change: Callable[..., T], *args: Any, **named: Any) -> T:

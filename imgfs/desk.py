@@ -33,7 +33,7 @@ from imgfs.board import PAUSE, READING_SINCE_NS, WATCHER, Board
 from imgfs.device import Device
 from imgfs.disk import Buffer, WouldBlock
 from imgfs.errors import MountFailed
-from imgfs.late import Express, LateRequests
+from imgfs.late import Express, LateRequests, Unsynced
 from imgfs.replies import Reply
 from imgfs.requests import TASKS_MAX, Request, Requests, Result
 
@@ -88,6 +88,12 @@ class _Nothing:
         return False
 
     async def answer_late(self, head: wire.Head, request: bytes, row: int) -> Reply:
+        raise NotImplementedError
+
+    def ask_sync(self, told: Callable[[Exception | None], None]) -> None:
+        raise NotImplementedError
+
+    def synced(self, head: wire.Head, request: bytes, error: Exception | None) -> Reply | None:
         raise NotImplementedError
 
 
@@ -398,6 +404,10 @@ class Desk:
                 retried = self._fuse <= _SELECTED_MAX
                 if late is not None and late.put_off(head, raw, request, row, retried=retried):
                     patience_ms = self._patience_ms()
+                    continue
+                reply = None
+            except Unsynced:
+                if late is not None and late.await_sync(head, raw, request, row):
                     continue
                 reply = None
             if reply is None:

@@ -1,4 +1,4 @@
-"""Answers requests past pyfuse3: on the spot where nobody has to be waited for, later what the disk has to give.
+"""Answers requests past pyfuse3: on the spot where nobody has to be waited for, later what the disk has to do.
 
 Owns how the bytes of such a request are read. Must not know the device, nor who else serves it.
 
@@ -8,7 +8,8 @@ is not answered at all, and nothing has happened: then pyfuse3 gets the request,
 from the start, with all that errors, threads and full disks need; but who only looks at what is not in memory is
 answered here, from a thread. Both ask the same of the store (acts.py).
 
-*Concurrency:* `answer` waits for nothing, so a request is done before the next is read; `answer_late` awaits.
+*Concurrency:* `answer` waits for nothing but a moment for the store's lock, so a request is done before the next is
+read; `answer_late` awaits. `synced` is called in a thread.
 """
 
 import os
@@ -21,9 +22,10 @@ from imgfs.acts import Acts, Listed, Shown
 from imgfs.answers import errno_of
 from imgfs.calls import Calls
 from imgfs.disk import Buffer, WouldBlock
-from imgfs.errors import ImgfsError, InvalidArgument
+from imgfs.errors import ImgfsError, InvalidArgument, StoreFull
 from imgfs.format import Kind
 from imgfs.giving import Giving
+from imgfs.late import Unsynced
 from imgfs.replies import CACHE_DIRECTORY, KEEP_CACHE, NO_FLUSH, Reply
 from imgfs.store import Store
 from imgfs.wire import IN_HEADER, NAMES, Head, Opcode, error_reply
@@ -34,6 +36,7 @@ _RANGE = struct.Struct("<QQI")  # handle, offset, size
 _WRITE_HEADER_BYTES = 40
 _CREATE = struct.Struct("<IIII")  # flags, mode, umask, padding
 _HEADER_BYTES = IN_HEADER.size
+_SYNCS = frozenset({Opcode.FSYNC, Opcode.FSYNCDIR})
 
 
 class Asked(NamedTuple):
@@ -76,6 +79,8 @@ class Express:
                 Opcode.CREATE: self._create,
                 Opcode.WRITE: self._write,
                 Opcode.UNLINK: self._unlink,
+                Opcode.FSYNC: self._fsync,
+                Opcode.FSYNCDIR: self._fsyncdir,
             }
 
     def answer(self, head: Head, request: memoryview, row: int) -> Reply | None:
@@ -85,6 +90,7 @@ class Express:
 
         Raises:
             WouldBlock: it is for `answer_late`; nothing was done.
+            Unsynced: it is for `synced`; if it is done again, that finds nothing left.
         """
         _, opcode, unique, node, uid, gid, thread, _, _ = head
         asked = Asked(unique, node, uid, gid, thread, request[_HEADER_BYTES:], row)
@@ -111,8 +117,13 @@ class Express:
         return opcode == Opcode.OPEN
 
     async def answer_late(self, head: Head, request: bytes, row: int) -> Reply:
-        """Answer *request*, for which `answer` has raised `WouldBlock`, when the disk has given what it asks for."""
+        """Answer *request*, for which `answer` has raised `WouldBlock`, when the disk has given what it asks for.
+
+        Or for which `synced` found that the disk has no room: that is waited for.
+        """
         _, opcode, unique, node, uid, gid, thread, _, _ = head
+        if opcode in _SYNCS:
+            return await self._sync_with_room(head, request, row)
         asked = Asked(unique, node, uid, gid, thread, request[_HEADER_BYTES:], row)
         try:
             return await self._calls.cold(self._looks[opcode], asked)
@@ -160,6 +171,10 @@ class Express:
 
     def _readdirplus(self, asked: Asked, *, nowait: bool = False) -> Reply:
         directory, position, size = _RANGE.unpack_from(asked.body)
+        page = self._acts.page(directory, position, size // replies.LISTED_BYTES_MIN, nowait=nowait)
+        if page is not None:
+            dots = self._acts.dots(directory, position)
+            return replies.page(asked.unique, dots, page, self._store.access_times, self._timeout_s, size)
         listing = _until_it_blocks(self._acts.listing(directory, position, nowait=nowait))
         return replies.listing(asked.unique, listing, self._store.access_times, self._timeout_s, size)
 
@@ -222,6 +237,49 @@ class Express:
             return None
         self._calls.at_once(asked.row, 0, self._store.unlink, asked.node, bytes(asked.body).partition(b"\0")[0])
         return replies.done(asked.unique)
+
+    # -- syncing ----------------------------------------------------------------------------------------------
+
+    def ask_sync(self, told: Callable[[Exception | None], None]) -> None:
+        """Have *told* called, in a thread, when all that is done is durable, or could not be made so."""
+        self._calls.syncs.ask(told)
+
+    def synced(self, head: Head, request: bytes, error: Exception | None) -> Reply | None:
+        """Answer *request*, for which `answer` has raised `Unsynced`, after a sync that raised *error*; in any thread.
+
+        None: the disk is full; it is for `answer_late`.
+        """
+        return None if isinstance(error, StoreFull) else self._synced(head, request, error)
+
+    def _synced(self, head: Head, request: bytes, error: Exception | None) -> Reply:
+        _, opcode, unique, *_ = head
+        try:
+            if error is None and opcode == Opcode.FSYNC:
+                self._store.check_kept(_HANDLE.unpack_from(request, _HEADER_BYTES)[0])
+        except Exception as failure:
+            error = failure
+        if error is not None:
+            return (error_reply(unique, errno_of(error, NAMES[opcode].lower())),)
+        return replies.done(unique)
+
+    async def _sync_with_room(self, head: Head, request: bytes, row: int) -> Reply:
+        await self._calls.find_room(row)
+        error: Exception | None = None
+        try:
+            await self._calls.syncs.wait()
+        except Exception as failure:
+            error = failure
+        return self._synced(head, request, error)
+
+    def _fsync(self, asked: Asked) -> Reply:
+        handle = _HANDLE.unpack_from(asked.body)[0]
+        size = self._store.flush_bytes(handle)
+        if size:
+            self._calls.at_once(asked.row, size, self._store.flush, handle)
+        raise Unsynced
+
+    def _fsyncdir(self, asked: Asked) -> Reply:
+        raise Unsynced
 
 
 def _until_it_blocks(listing: Iterator[Listed]) -> Iterator[Listed]:

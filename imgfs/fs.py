@@ -32,7 +32,6 @@ from imgfs.desk import Desk
 from imgfs.disk import WouldBlock
 from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, Stale, StoreFull
 from imgfs.format import NAME_BYTES_MAX, Kind
-from imgfs.group_sync import GroupSync
 from imgfs.store import PERMISSIONS, Attr, Store
 
 log = logging.getLogger(__name__)
@@ -63,13 +62,13 @@ class Filesystem(pyfuse3.Operations):
         self._cold, self._in_thread = calls.cold, calls.in_thread
         self._change, self._change_of = calls.change, calls.change_of
         self.find_room = calls.find_room
-        self._group_sync = GroupSync(store.sync)
+        self._syncs = calls.syncs
 
     async def sync(self) -> None:
         """Make durable all that was answered so far."""
         if self._store.writable:
             with self._desk.wait:
-                await self._group_sync.wait()
+                await self._syncs.wait()
 
     # -- names ------------------------------------------------------------------------------------------------
 

@@ -147,6 +147,17 @@ class Names:
             raise Damaged(f".names holds no name at offset {offset}; run imgfs rebuild-index")
         return name
 
+    def stretch(self, offset: int, size: int, *, nowait: bool = False) -> bytes:
+        """Return up to *size* bytes from *offset* on, fewer where the names end; WouldBlock as Disk.read."""
+        end, data = offset + size, b""
+        in_file = end if not self._tail else min(end, self._tail_start)
+        if self._file is not None and offset < in_file:
+            data = self._disk.read(self._file, offset, in_file - offset, nowait=nowait)
+        if self._tail and offset + len(data) >= self._tail_start:
+            at = max(offset, self._tail_start) - self._tail_start
+            data += self._tail[at : max(end - self._tail_start, at)]
+        return data
+
     def add(self, name: bytes) -> int:
         """Keep *name* in memory, behind all others, and return its offset; for a volume nobody appends to."""
         offset = self._tail_start + len(self._tail)

@@ -2,10 +2,12 @@
 
 Owns when one is tried again, and their rows. Must not know the device, nor what a request asks for.
 
-An open that waits is tried again after some microseconds, a few times: a quick disk has read the image by then, and to
-hand a request to a thread costs more than to read an image. A thread waits for what takes longer.
+What waits for a sync is answered by the thread that syncs. An open that waits is tried again after some microseconds,
+a few times: a quick disk has read the image by then, and to hand a request to a thread costs more than to read an
+image. A thread waits for what takes longer.
 
-*Concurrency:* on the loop of a worker, which calls `retry` when `due_ns` has come, and in tasks of its nursery.
+*Concurrency:* on the loop of a worker, which calls `retry` when `due_ns` has come, in tasks of its nursery, and in the
+thread that syncs, which writes answers and gives rows back by itself: each is one step of the interpreter.
 """
 
 import time
@@ -27,11 +29,21 @@ _LEAST_NS, _MOST_NS = 50_000, 1_000_000
 _TRIES = 8
 
 
+class Unsynced(Exception):
+    """What was asked for is done, but has to be made durable before it is answered."""
+
+
 class Express(Protocol):
     """Who answers requests past pyfuse3, each noted in a row as being in hand."""
 
     def answer(self, head: wire.Head, request: memoryview, row: int) -> Reply | None:
-        """Answer on the spot; None: pyfuse3 shall. Raises `WouldBlock` where `answer_late` shall."""
+        """Answer on the spot; None: pyfuse3 shall. Raises `WouldBlock` where `answer_late` shall, and `Unsynced`."""
+
+    def ask_sync(self, told: Callable[[Exception | None], None]) -> None:
+        """Have *told* called, in a thread, when all that is done is durable, or could not be made so."""
+
+    def synced(self, head: wire.Head, request: bytes, error: Exception | None) -> Reply | None:
+        """Answer what waited for a sync, which raised *error*; in a thread. None: `answer_late` shall."""
 
     def ask_disk(self, head: wire.Head) -> bool:
         """Let the disk begin to read what `answer` had to wait for; return whether it is little."""
@@ -69,6 +81,7 @@ class LateRequests:
         self._post = post
         self._nursery = nursery
         self._write = write
+        self._token = trio.lowlevel.current_trio_token()
         self._waiting: deque[_Late] = deque()
         self._usual_ns = 2 * _LEAST_NS
         self.due_ns = 0
@@ -90,6 +103,25 @@ class LateRequests:
             self.due_ns = min(self.due_ns or late.due_ns, late.due_ns)
         else:
             self._hand_to_thread(late)
+        return True
+
+    def await_sync(self, head: wire.Head, raw: memoryview, request: Request, row: int) -> bool:
+        """As `put_off`, for a request that is answered when all that is done is durable."""
+        if not self._free_rows:
+            return False
+        own_row = self._free_rows.pop()
+        self._requests.begin(own_row, request)
+        self._requests.end(row)
+        late, token = _Late(head, bytes(raw), own_row, 0, 0), self._token
+
+        def told(error: Exception | None) -> None:
+            reply = self._express.synced(head, late.raw, error)
+            if reply is not None:
+                self._answer(late, reply)
+            else:
+                token.run_sync_soon(self._hand_to_thread, late)
+
+        self._express.ask_sync(told)
         return True
 
     def retry(self) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
-from imgfs.active import SMALL_BYTES, Part, Range
+from imgfs.active import SMALL_BYTES, Part, Range, nobody
 from imgfs.batch import IMAGES_AT_ONCE, Batches, NewImage
 from imgfs.disk import Buffer
 from imgfs.errors import DiskFailure, ImgfsError, StoreFull
@@ -253,14 +253,19 @@ class Log(Batches):
         Raises:
             DiskFailure: the disk lost data that it had taken. What is still whole was appended again elsewhere.
         """
+        self.sync_for(nobody, final=final)
+
+    def sync_for(self, asked: Callable[[], int], *, final: bool = False) -> int:
+        """As `sync`; *asked* counts who wants it, each for all that was appended before. Return how many are served."""
         memory, words = self._memory, self._words
+        served = asked()
         with memory.lock():
             self._mend()
             if self._is_sealed():
                 # The next volume could not be begun yet, and nothing may follow the seal of this one.
                 with self._disk_errors(self.volume.path):
                     self._finish_seal()
-                return
+                return served
             since = words[Word.INDEX_RECORDS] - words[Word.CHECKPOINT_RECORDS]
             due = since >= self._settings.checkpoint_needles or (final and since > 0)
             if due:
@@ -268,27 +273,36 @@ class Log(Batches):
             state, entry, volume = self.state(), words[Word.ACTIVE], self.volume
             failures = words[Word.FAILURES]
             if state.end == words[Word.DURABLE] and not due:
-                return
+                return served
             duplicate = volume.duplicate()
         try:
             with self._disk_errors(volume.path):
-                self._sync_volume(duplicate, Range(entry, state.end, failures))
+                end, more = self._sync_volume(duplicate, Range(entry, state.end, failures), asked)
         except DiskFailure:
             with memory.lock(), suppress(ImgfsError):
                 self._mend()  # if it cannot be now, the next change tries again
             raise
         finally:
             duplicate.close()
-        with memory.lock():
+        served = max(served, more)
+        # The mark may stay behind what is durable: it is not worth waiting for who changes something.
+        if not memory.try_acquire():
+            if not (due or final):
+                return served
+            memory.acquire()
+        try:
             if words[Word.ACTIVE] != entry:
-                return  # it was sealed meanwhile, which made it durable
-            words[Word.DURABLE] = max(words[Word.DURABLE], state.end)
+                return served  # it was sealed meanwhile, which made it durable
+            words[Word.DURABLE] = max(words[Word.DURABLE], end)
             if due and self._if_room(lambda: self._write(Part(checkpoint(state, seal=False)))):
                 words[Word.CHECKPOINT_RECORDS] = words[Word.INDEX_RECORDS]
                 if final:
                     with self._disk_errors(volume.path):
                         self._sync_active()
                     words[Word.DURABLE] = words[Word.ACTIVE_END]
+        finally:
+            memory.release()
+        return served
 
     def _if_room(self, write: Callable[[], object]) -> bool:
         """Do what a checkpoint wants written; on a full disk it waits, and the next start replays more."""

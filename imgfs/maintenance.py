@@ -79,7 +79,7 @@ class _Maintenance:
         self._next_holes = now
         self._next_survey = now + _SURVEY_S
         self._finished = False
-        self._waited_s = 0.0  # for requests in hand, since the last look for what is dead
+        self._settling_s = 0.0  # of the processor, to wait for requests in hand, since the last look for what is dead
 
     def run(self) -> None:
         listening = control.listen(self._store.path)
@@ -95,19 +95,23 @@ class _Maintenance:
         now = time.monotonic()
         asked = self._store.room_asked()
         if asked or now >= self._next_holes:
-            self._waited_s = 0.0
+            worked_s = time.process_time()
+            self._settling_s = 0.0
             self._try("space is not given back", lambda: self._punch(urgent=asked > 0))
             self._store.answer_room(asked)
-            self._next_holes = time.monotonic() + self._pause_s(now)
+            self._next_holes = time.monotonic() + self._pause_s(now, worked_s)
         self._pace.rest()
         if now >= self._next_survey:
             self._try("nothing is compacted", self._compact_all)
             self._next_survey = time.monotonic() + max(_SURVEY_S, (time.monotonic() - now) * _SURVEY_PART)
 
-    def _pause_s(self, since: float) -> float:
-        """Return how long not to look for what is dead, having done so *since* then; to wait is no work."""
-        worked_s = time.monotonic() - since - self._waited_s
-        return max(_HOLES_S, self._waited_s + worked_s * _HOLES_PART)
+    def _pause_s(self, since: float, worked_since: float) -> float:
+        """Return how long not to look for what is dead, having done so *since* then, of the processor *worked_since*.
+
+        To wait for a disk, a processor or requests is no work: on a busy machine space would come back a minute late.
+        """
+        worked_s = time.process_time() - worked_since - self._settling_s
+        return max(_HOLES_S, time.monotonic() - since - worked_s + worked_s * _HOLES_PART)
 
     def _sync(self) -> None:
         if time.monotonic() >= self._next_sync:
@@ -161,11 +165,11 @@ class _Maintenance:
             self._store.answer_room(asked)
 
     def _settle(self) -> bool:
-        began = time.monotonic()
+        began = time.process_time()
         try:
             return self._wait_for_readers()
         finally:
-            self._waited_s += time.monotonic() - began
+            self._settling_s += time.process_time() - began
 
     def _wait_for_readers(self) -> bool:
         """Wait until every request that reads and is in hand now is answered; return whether that was so in time.

@@ -6,9 +6,13 @@ Owns their structs (include/uapi/linux/fuse.h). Must not know which request they
 import struct
 from collections.abc import Iterable
 
-from imgfs.acts import BLOCK_BYTES, Listed, mode_of
+import numpy as np
+import numpy.typing as npt
+
+from imgfs.acts import BLOCK_BYTES, Listed, mode_of, modes_of
 from imgfs.atimes import AccessTimes
 from imgfs.disk import Buffer
+from imgfs.listing import Page, ranges
 from imgfs.view import Attr
 from imgfs.wire import OUT_HEADER
 
@@ -35,6 +39,18 @@ _OPEN = struct.Struct("<QII")  # handle, flags, padding
 _OPENED = struct.Struct("<IiQ" + "QII")
 _WRITTEN = struct.Struct("<IiQ" + "II")
 _ALIGNMENT = 8
+# As _LISTED.
+_LISTED_ROW = np.dtype(
+    [(name, "<u8") for name in ("node", "generation", "name_s", "attr_s")]
+    + [(name, "<u4") for name in ("name_rest_ns", "attr_rest_ns")]
+    + [(name, "<u8") for name in ("inode", "size", "blocks", "atime_s", "mtime_s", "ctime_s")]
+    + [(name, "<u4") for name in ("atime_ns", "mtime_ns", "ctime_ns", "mode", "links", "uid", "gid", "device")]
+    + [(name, "<u4") for name in ("block_size", "flags")]
+    + [(name, "<u8") for name in ("number", "position")]
+    + [(name, "<u4") for name in ("name_length", "type")]
+)
+assert _LISTED_ROW.itemsize == _LISTED.size
+LISTED_BYTES_MIN = _LISTED.size + _ALIGNMENT
 _SELF_AND_ABOVE = (b".", b"..")
 assert (_ENTRY.size, _ATTRIBUTES.size) == (16 + 128, 16 + 104)
 
@@ -44,7 +60,7 @@ def done(unique: int) -> Reply:
     return (OUT_HEADER.pack(OUT_HEADER.size, 0, unique),)
 
 
-def data(unique: int, content: Buffer) -> Reply:
+def data(unique: int, content: Buffer) -> tuple[bytes, Buffer]:
     """Answer with *content*."""
     return OUT_HEADER.pack(OUT_HEADER.size + len(content), 0, unique), content
 
@@ -82,7 +98,9 @@ def entry(unique: int, attr: Attr, atime_ns: int, name_timeout_s: float, timeout
     return (_ENTRY.pack(*head, *_attr(attr, atime_ns)),)
 
 
-def listing(unique: int, entries: Iterable[Listed], times: AccessTimes, timeout_s: float, size: int) -> Reply:
+def listing(
+    unique: int, entries: Iterable[Listed], times: AccessTimes, timeout_s: float, size: int
+) -> tuple[bytes, Buffer]:
     """Answer with as many *entries*, and all that is known of them, as fit into *size* bytes."""
     parts: list[bytes] = []
     left = size
@@ -100,6 +118,43 @@ def listing(unique: int, entries: Iterable[Listed], times: AccessTimes, timeout_
         last = (inode, position, len(name), mode >> 12)
         parts += (_LISTED.pack(*head, *_attr(attr, times.get(inode, attr.mtime_ns)), *last), name, bytes(padding))
     return data(unique, b"".join(parts))
+
+
+def page(unique: int, dots: Iterable[Listed], entries: Page, times: AccessTimes, timeout_s: float, size: int) -> Reply:
+    """As `listing`, of *dots* and then *entries*."""
+    head, first = listing(unique, dots, times, timeout_s, size)
+    row_bytes, lengths = _LISTED.size, entries.name_lengths
+    ends = np.cumsum(row_bytes + lengths + -lengths % _ALIGNMENT)
+    count = int(np.searchsorted(ends, size - len(first), "right"))
+    if not count:
+        return head, first
+    starts = np.concatenate(([0], ends[: count - 1]))
+    content = np.zeros(ends[count - 1], np.uint8)
+    rows = _rows(entries, times, timeout_s)[:count].view("<u8").reshape(count, -1)
+    content.view("<u8")[starts[:, None] // _ALIGNMENT + np.arange(rows.shape[1])] = rows
+    lengths = lengths[:count]
+    content[ranges(starts + row_bytes, lengths)] = entries.names[: lengths.sum()]
+    return OUT_HEADER.pack(OUT_HEADER.size + len(first) + len(content), 0, unique), first, content.data
+
+
+def _rows(entries: Page, times: AccessTimes, timeout_s: float) -> npt.NDArray[np.void]:
+    """Return the part of fixed length of each of *entries*."""
+    rows = np.zeros(len(entries.keys), _LISTED_ROW)
+    seconds, rest_ns = _timeout(timeout_s)
+    rows["node"] = rows["inode"] = rows["number"] = entries.inodes
+    rows["generation"] = entries.inodes >> 32
+    rows["name_s"] = rows["attr_s"] = seconds
+    rows["name_rest_ns"] = rows["attr_rest_ns"] = rest_ns
+    rows["size"], rows["blocks"] = entries.sizes, -(-entries.sizes // 512)
+    atimes_ns = times.get_many(entries.inodes, entries.mtimes_ns)
+    for letter, times_ns in (("a", atimes_ns), ("m", entries.mtimes_ns), ("c", entries.ctimes_ns)):
+        rows[letter + "time_s"], rows[letter + "time_ns"] = np.divmod(times_ns, _SECOND_NS)
+    modes = modes_of(entries)
+    rows["mode"], rows["type"] = modes, modes >> 12
+    rows["links"], rows["uid"], rows["gid"] = entries.links, entries.uids, entries.gids
+    rows["device"], rows["block_size"] = entries.devices, BLOCK_BYTES
+    rows["position"], rows["name_length"] = entries.keys, entries.name_lengths
+    return rows
 
 
 def absent(unique: int, name_timeout_s: float) -> Reply:

@@ -142,6 +142,7 @@ class Rolling(Active):
             (Word.ACTIVE, entry),
             (Word.ACTIVE_END, state.end),
             (Word.DURABLE, durable),
+            (Word.SYNCED, 0),  # the row may have been that of a volume which is gone
             (Word.INDEX_RECORDS, state.records),
             (Word.INDEX_CRC, state.records_crc),
             (Word.NAMES_END, state.names_bytes),

@@ -463,3 +463,10 @@ class Tree(View):
             DiskFailure: the disk lost data that it had taken; the store takes no more changes.
         """
         self._images.writer().sync()
+
+    def sync_for(self, asked: Callable[[], int]) -> int:
+        """As `sync`; *asked* counts who wants it, each for what returned before. Return how many of them are served.
+
+        These may be more than had asked when it was called: another process may sync for long.
+        """
+        return self._images.writer().sync_for(asked)

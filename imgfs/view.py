@@ -17,6 +17,7 @@ from imgfs.giving import Giving
 from imgfs.handles import WRITE, Handles
 from imgfs.images import Images, Seen
 from imgfs.layout import SLOTS_MAX, SUBDIRECTORIES_MANY, Flag, Word
+from imgfs.listing import Listing, Page
 from imgfs.load import links_of, live_bytes
 from imgfs.opening import ROOT, STAGING, Opened
 from imgfs.records import Record
@@ -117,6 +118,7 @@ class View:
         self._staging = Staging(disk, f"{path}/{STAGING}", self._memory)
         self._giving: Giving | None = None
         self._images = Images(self._table, self._volumes, self._handles, self._staging, parts.log)
+        self._listing = Listing(self._table, self._volumes)
 
     def lookup(self, parent: int, name: bytes, *, nowait: bool = False) -> int:
         """Return the inode of *name* in the directory *parent*.
@@ -232,6 +234,21 @@ class View:
             child = self._table.record(slot)
             rows.append(Entry(key, self._table.target(slot, child), self._name(slot, child, nowait=nowait)))
         return rows
+
+    def page(self, directory: int, after: int, count: int, *, nowait: bool = False) -> Page | None:
+        """Return some *count* entries as `list` yields them, and what `attr` tells of each; none at the end.
+
+        None where they have to be listed one by one. Errors as `list`.
+        """
+        if self._directory(directory).flags & Flag.DEAD:
+            return None
+        page = self._listing.page(slot_of(directory), after, count, nowait=nowait)
+        self._directory(directory)  # still: it was not another's slot meanwhile
+        return page
+
+    def forget_listings(self) -> None:
+        """Free what `page` keeps of directories that were not listed since this was called last."""
+        self._listing.forget()
 
     def parent(self, inode: int) -> int:
         """Return the directory that *inode* lies in, of several one; the root lies in itself."""

@@ -44,7 +44,7 @@ def work(number: int, common: Common) -> None:
     filesystem = at_desk(desk, Filesystem(store, desk, acts, calls))
     desk.express = Express(store, acts, calls, store.giving(common.board.giving, desk.give))
     pyfuse3.init(filesystem, desk.session_path, {"default_permissions"})
-    trio.run(_serve, desk, common.board, number)
+    trio.run(_serve, desk, common, number)
 
 
 def try_init(common: Common) -> None:
@@ -67,15 +67,16 @@ def try_init(common: Common) -> None:
     raise MountFailed("a worker of this release does not answer INIT")
 
 
-async def _serve(desk: Desk, board: Board, number: int) -> None:
+async def _serve(desk: Desk, common: Common, number: int) -> None:
     async with trio.open_nursery() as nursery:
         desk.serve_late_in(nursery)
-        nursery.start_soon(_beat, board, number)
+        nursery.start_soon(_beat, common, number)
         await pyfuse3.main(PYFUSE3_TASKS_MAX, PYFUSE3_TASKS_MAX)
         nursery.cancel_scope.cancel()
 
 
-async def _beat(board: Board, number: int) -> None:
+async def _beat(common: Common, number: int) -> None:
     while True:
-        board.posts[number].beat_ns = time.monotonic_ns()
+        common.board.posts[number].beat_ns = time.monotonic_ns()
+        common.store.forget_listings()
         await trio.sleep(BEAT_S)

@@ -5,6 +5,7 @@ Owns the faults. It runs the real program; only the one thing that a fault names
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from pyfuse3 import FUSEError
 
 from imgfs import maintenance, wire, worker
 from imgfs.acts import Acts
@@ -65,6 +68,26 @@ def slow_disk(_: str) -> None:
         raise WouldBlock
 
     Disk.read_resident = slow  # type: ignore[method-assign]
+
+
+def no_handler_syncs(_: str) -> None:
+    """What pyfuse3's handlers would make durable fails."""
+
+    async def fail(*_: object) -> None:
+        raise FUSEError(errno.ENOTSUP)
+
+    Filesystem.fsync = Filesystem.fsyncdir = fail  # type: ignore[method-assign,assignment]
+
+
+def slow_syncs(_: str) -> None:
+    """The disk takes its time to make anything durable."""
+    sync = Disk.sync
+
+    def slow(self: Disk, file: int) -> None:
+        time.sleep(0.02)
+        sync(self, file)
+
+    Disk.sync = slow  # type: ignore[method-assign]
 
 
 def hang_at_name(name: str) -> None:
@@ -126,6 +149,21 @@ def hold_a_read(marker: str) -> None:
 
     Images.whole = hold  # type: ignore[method-assign]
     maintenance._SETTLE_S = 0.5
+
+
+def slow_sync_of_maintenance(seconds: str) -> None:
+    """The process that gives space back waits so long for each sync of a volume."""
+    run, sync = maintenance._Maintenance.run, Disk.sync
+
+    def slow(self: Disk, file: int) -> None:
+        time.sleep(float(seconds))
+        sync(self, file)
+
+    def run_slowly(self: maintenance._Maintenance) -> None:
+        Disk.sync = slow  # type: ignore[method-assign]
+        run(self)
+
+    maintenance._Maintenance.run = run_slowly  # type: ignore[method-assign]
 
 
 def die_at_step(marker: str) -> None:
@@ -218,7 +256,10 @@ FAULTS = {
     "hang-behind-a-read": hang_behind_a_read,
     "never-at-once": never_at_once,
     "never-resent": never_resent,
+    "no-handler-syncs": no_handler_syncs,
     "slow-disk": slow_disk,
+    "slow-sync-of-maintenance": slow_sync_of_maintenance,
+    "slow-syncs": slow_syncs,
 }
 
 if __name__ == "__main__":

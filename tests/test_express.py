@@ -2,87 +2,22 @@
 
 import os
 import signal
-import stat
-import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
+from door import PID, ROW, Door
 from mounted import WORKER_DEATHS, Mounted
 from stores import TINY, content, disk_of, names, new_store, put
 
-from imgfs.acts import Acts, Manner
-from imgfs.board import Board
-from imgfs.calls import INLINE_BYTES, Calls
-from imgfs.desk import Desk
-from imgfs.device import DEVICE, Device
-from imgfs.disk import WouldBlock
+from imgfs.calls import INLINE_BYTES
 from imgfs.errors import EXIT_DAMAGED
-from imgfs.express import Express
-from imgfs.replies import Reply
 from imgfs.requests import Request
-from imgfs.store import ROOT, Store
-from imgfs.wire import IN_HEADER, OUT_HEADER, Opcode
-
-ROW = 0
-PID = 4321
-MODE = stat.S_IFREG | 0o640
-_HANDLE = struct.Struct("<Q")
-
-
-class Door:
-    """Sends requests, as the kernel has them, to an `Express` of a store."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self._device = Device(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC), b"")
-        self._desk = Desk(0, self._device, Board(), store.requests)
-        self._express = Express(store, Acts(store, Manner(60.0)), Calls(store, self._desk))
-
-    def close(self) -> None:
-        self._desk.close()
-        self._device.close()
-
-    def ask(self, opcode: int, node: int, body: bytes) -> Reply | None:
-        head = (IN_HEADER.size + len(body), opcode, 7, node, 1000, 100, PID, 0, 0)
-        try:
-            reply = self._express.answer(head, memoryview(IN_HEADER.pack(*head) + body), ROW)
-        except WouldBlock:
-            assert opcode in (Opcode.LOOKUP, Opcode.OPEN, Opcode.READ, Opcode.READDIRPLUS)
-            return None
-        if reply is not None:
-            assert OUT_HEADER.unpack_from(reply[0]) == (sum(map(len, reply)), 0, 7)
-        return reply
-
-    def lookup(self, name: bytes) -> Reply | None:
-        return self.ask(Opcode.LOOKUP, ROOT, name + b"\0")
-
-    def open(self, inode: int, flags: int = os.O_RDONLY) -> int | None:
-        reply = self.ask(Opcode.OPEN, inode, struct.pack("<II", flags, 0))
-        return None if reply is None else _HANDLE.unpack_from(reply[0], OUT_HEADER.size)[0]
-
-    def read(self, handle: int, offset: int, size: int) -> bytes | None:
-        reply = self.ask(Opcode.READ, 0, struct.pack("<QQIIQII", handle, offset, size, 0, 0, 0, 0))
-        return None if reply is None else bytes(reply[1])
-
-    def create(self, name: bytes) -> tuple[int, int] | None:
-        reply = self.ask(Opcode.CREATE, ROOT, struct.pack("<IIII", os.O_WRONLY, MODE, 0, 0) + name + b"\0")
-        if reply is None:
-            return None
-        return _HANDLE.unpack_from(reply[1])[0], _HANDLE.unpack_from(reply[2])[0]
-
-    def write(self, handle: int, data: bytes) -> Reply | None:
-        return self.ask(Opcode.WRITE, 0, struct.pack("<QQIIQII", handle, 0, len(data), 0, 0, 0, 0) + data)
-
-    def flush(self, handle: int) -> Reply | None:
-        return self.ask(Opcode.FLUSH, 0, struct.pack("<QIIQ", handle, 0, 0, 0))
-
-    def release(self, handle: int) -> Reply | None:
-        return self.ask(Opcode.RELEASE, 0, struct.pack("<QIIQ", handle, 0, 0, 0))
-
-    def unlink(self, name: bytes) -> Reply | None:
-        return self.ask(Opcode.UNLINK, ROOT, name + b"\0")
+from imgfs.store import ROOT
+from imgfs.wire import OUT_HEADER, Opcode
 
 
 @pytest.fixture
@@ -140,6 +75,7 @@ def test_what_somebody_else_holds_up_is_left_undone(door: Door) -> None:
         assert door.create(b"other") is None
         assert door.write(handle, b"new") is None
         assert door.flush(handle) is None
+        assert door.fsync(handle) is None
         assert door.unlink(b"image") is None
         reading = door.open(inode)
         assert reading is not None, "reading takes no lock"
@@ -148,6 +84,41 @@ def test_what_somebody_else_holds_up_is_left_undone(door: Door) -> None:
         done.set()
         holding.join()
     assert names(door.store) == {b"image"}
+
+
+async def test_who_waits_behind_a_change_in_a_thread_needs_none(door: Door) -> None:
+    """Else a thread for one would have all that come meanwhile behind it, for as long as they come."""
+    ran: list[tuple[int, bool]] = []
+
+    def change(number: int) -> None:
+        with door.store.lock():
+            ran.append((number, threading.current_thread() is threading.main_thread()))
+
+    async def handle(number: int) -> None:
+        door.desk._came_back()  # it is a task of pyfuse3's
+        await door.calls.change(change, number)
+
+    holds, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with door.store.lock():
+            holds.set()
+            done.wait(60)
+
+    holding = threading.Thread(target=hold)
+    holding.start()
+    try:
+        assert holds.wait(60)
+        async with trio.open_nursery() as nursery:
+            for number in range(3):
+                nursery.start_soon(handle, number)
+                await trio.testing.wait_all_tasks_blocked()
+            assert ran == []
+            done.set()
+    finally:
+        done.set()
+        holding.join()
+    assert ran == [(0, False), (1, True), (2, True)]
 
 
 def test_what_copies_much_is_left_to_a_thread(door: Door) -> None:
@@ -173,7 +144,7 @@ def test_errors_and_other_ways_to_open_are_for_the_handlers(door: Door) -> None:
     assert door.ask(Opcode.STATFS, ROOT, b"") is None
     entry = door.lookup(b"absent")
     assert entry is not None, "a name that is not there is an answer, which the kernel keeps"
-    assert _HANDLE.unpack_from(entry[0], OUT_HEADER.size)[0] == 0
+    assert int.from_bytes(entry[0][OUT_HEADER.size :][:8]) == 0
 
 
 def test_a_change_that_a_dead_worker_may_have_applied_is_for_the_handlers(door: Door) -> None:
@@ -212,8 +183,12 @@ def test_pyfuse3_answers_the_same(stopped: Mounted) -> None:
     def use(top: Path) -> list[object]:
         seen: list[object] = []
         path = top / "image"
+        parent = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(parent)
+        os.close(parent)
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o604)
         os.write(descriptor, b"some bytes")
+        os.fsync(descriptor)
         seen.append(_told(os.fstat(descriptor)))
         os.close(descriptor)
         os.chmod(path, 0o4755)

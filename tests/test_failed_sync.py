@@ -16,6 +16,7 @@ from stores import PATH, abandon_all, content, disk_of, names, new_store, open_s
 from survivors import NOTHING_UNSYNCED
 
 from imgfs.errors import Damaged, DiskFailure, StoreFull
+from imgfs.layout import Word
 from imgfs.settings import KIB, Settings
 from imgfs.store import ROOT, Store, make_store
 
@@ -229,6 +230,19 @@ def test_who_is_killed_within_a_sync_may_have_heard_of_lost_pages_alone() -> Non
     store.sync()
     with Store.open(PATH, disk=disk.after_power_cut(NOTHING_UNSYNCED), settings=LARGE) as twin:
         assert names(twin) == {b"a"}
+    store.close()
+
+
+def test_a_new_volume_is_synced_though_one_that_had_its_row_was() -> None:
+    store = new_store(LARGE)
+    words = store._memory.words
+    put(store, ROOT, b"a", b"old")
+    words[Word.SYNCED] = words[Word.ACTIVE] + 1 << 48 | LARGE.volume_bytes_max
+    fail(store)
+    put(store, ROOT, b"b", b"new")
+    store.sync()
+    with Store.open(PATH, disk=disk_of(store).after_power_cut(NOTHING_UNSYNCED), settings=LARGE) as twin:
+        assert names(twin) == {b"a", b"b"}
     store.close()
 
 

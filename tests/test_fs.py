@@ -3,6 +3,7 @@
 import errno
 import logging
 import threading
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -96,15 +97,18 @@ class Syncs:
     def __init__(self) -> None:
         self.started = 0
         self.error: Exception | None = None
+        self.serves_all = False
         self._began = threading.Semaphore(0)
         self._may_end = threading.Semaphore(0)
 
-    def __call__(self) -> None:
+    def __call__(self, asked: Callable[[], int]) -> int:
+        served = asked()
         self.started += 1
         self._began.release()
         assert self._may_end.acquire(timeout=DEADLINE_S)
         if self.error is not None:
             raise self.error
+        return asked() if self.serves_all else served
 
     async def wait_for_begin(self) -> None:
         assert await trio.to_thread.run_sync(self._began.acquire, True, DEADLINE_S)
@@ -172,3 +176,46 @@ async def test_a_failed_sync_fails_for_all_it_was_for_and_for_nobody_else() -> N
     syncs.let_go(1)
     await wait()
     assert (syncs.started, len(failed)) == (3, 4)
+
+
+async def test_those_who_come_before_another_process_lets_a_sync_begin_are_served_by_it() -> None:
+    syncs = Syncs()
+    syncs.serves_all = True
+    group = GroupSync(syncs)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(group.wait)
+        await syncs.wait_for_begin()
+        for _ in range(5):
+            nursery.start_soon(group.wait)
+        await trio.testing.wait_all_tasks_blocked()
+        syncs.let_go(1)
+    assert syncs.started == 1
+
+
+async def test_who_asks_is_told_while_the_loop_does_something_else() -> None:
+    syncs = Syncs()
+    group, told, heard = GroupSync(syncs), threading.Semaphore(0), []
+
+    def tell(error: Exception | None) -> None:
+        heard.append((error, threading.current_thread() is threading.main_thread()))
+        told.release()
+
+    group.ask(tell)
+    syncs.let_go(1)
+    assert told.acquire(timeout=DEADLINE_S)
+    assert heard == [(None, False)]
+
+
+def test_what_goes_wrong_in_telling_ends_the_loop() -> None:
+    def tell(_: Exception | None) -> None:
+        raise OSError(errno.EBADF, "the device")
+
+    async def ask() -> None:
+        GroupSync(lambda asked: asked()).ask(tell)
+        await trio.sleep(DEADLINE_S)
+
+    with pytest.raises(trio.TrioInternalError) as caught:
+        trio.run(ask)
+    cause = caught.value.__cause__
+    assert isinstance(cause, BaseExceptionGroup)
+    assert cause.subgroup(OSError) is not None

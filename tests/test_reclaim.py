@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from clients import Load
 from mount_load import check_image, image
-from mounted import PROJECT, WORKER_DEATHS, Mounted, XfsDisk, imgfs, wait_until
+from mounted import PROJECT, WORKER_DEATHS, Mounted, XfsDisk, give_back_ahead, imgfs, wait_until
 from web_server import Nginx
 
 from imgfs.errors import EXIT_BUSY, EXIT_FAILURE, EXIT_NO_SPACE, EXIT_OK
@@ -47,7 +47,8 @@ def make_small(mounted: Mounted) -> None:
 
 
 def disk_bytes(mounted: Mounted) -> int:
-    """Return what the volumes take of the disk."""
+    """Return what the volumes take of the disk, but for what XFS takes of it ahead of what is written."""
+    give_back_ahead(mounted.store)
     total = 0
     for path in (mounted.store / "volumes").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -56,7 +57,8 @@ def disk_bytes(mounted: Mounted) -> int:
 
 
 def free_bytes(mounted: Mounted) -> int:
-    """Return what df shows for the mount."""
+    """Return what df shows for the mount, as `disk_bytes`."""
+    give_back_ahead(mounted.store)
     space = os.statvfs(mounted.point)
     return space.f_bavail * space.f_frsize
 
@@ -87,6 +89,31 @@ def test_df_falls_within_seconds_of_rm(stopped: Mounted, size: int, count: int) 
     assert facts["volume_bytes"] > size * count
     stopped.drop_caches()
     assert_whole(stopped.point / "stays")
+
+
+def test_df_falls_of_an_rm_that_space_is_given_back_during(stopped: Mounted) -> None:
+    """XFS has set more aside by then, behind what the rm itself has written."""
+    size, count = 1000, 1500
+    stopped.start(NOW)
+    fill(stopped.point / "gone", count, size)
+    before, shown = disk_bytes(stopped), free_bytes(stopped)
+    for number in range(count):
+        (stopped.point / "gone" / f"{number}").unlink()
+        if number in (count // 5, count // 2):
+            imgfs("compact", "--dry-run", stopped.store)  # looks for what is dead before it answers
+    wait_until(lambda: disk_bytes(stopped) < before - 0.8 * size * count, "the volumes take less")
+    wait_until(lambda: free_bytes(stopped) > shown + 0.8 * size * count, "df shows it")
+
+
+def test_who_has_waited_for_the_disk_looks_again_soon(stopped: Mounted) -> None:
+    """Only what takes the processor makes the next look come later."""
+    stopped.start(NOW, fault=("slow-sync-of-maintenance", "2"))
+    for number in range(3):
+        (stopped.point / f"{number}").write_bytes(image(number, MIB))
+    before = disk_bytes(stopped)
+    for number in range(2):
+        (stopped.point / f"{number}").unlink()
+        wait_until(lambda freed=number + 0.8: disk_bytes(stopped) < before - freed * MIB, f"{number} is freed")
 
 
 def test_what_is_open_is_readable_until_it_is_closed(stopped: Mounted) -> None:

@@ -1,0 +1,374 @@
+"""Many entries at a time are what one by one are, byte for byte; where they might not be, nobody takes them so."""
+
+import dataclasses
+import stat
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+from hostile import NAMES
+from stores import TINY, abandon_all, disk_of, new_store, open_store, put, reopened, write_image
+
+from imgfs import replies
+from imgfs.acts import Acts, Manner
+from imgfs.disk import WouldBlock
+from imgfs.errors import Damaged, NotADirectory, Stale
+from imgfs.format import slot_of
+from imgfs.layout import Word
+from imgfs.listing import _STRETCH_STEP, CHILDREN_MIN, Page
+from imgfs.store import ROOT, Store
+
+ANSWER_BYTES = 4096
+LARGE = dataclasses.replace(TINY, volume_bytes_max=1 << 30)
+
+
+@pytest.fixture(autouse=True)
+def _no_store_stays_open() -> Iterator[None]:
+    yield
+    abandon_all()
+
+
+@pytest.fixture
+def acts() -> Acts:
+    """Of a store with some of everything, in more than one volume."""
+    random = Random(5)
+    store = new_store()
+    for number in range(400):
+        name = random.randbytes(random.choice((1, 2, 7, 8, 9, 40, 127))).hex().encode()
+        mode, size = random.choice((0o644, 0o600, 0o4755)), random.randrange(600)
+        times = random.randrange(-(1 << 60), 1 << 62)
+        inode = store.put(ROOT, name, bytes(size), size, mode=mode, uid=number % 3, gid=number % 5, mtime_ns=times)
+        if number % 7 == 0:
+            store.access_times.put(inode, random.randrange(1 << 60))
+        if number % 20 == 0:
+            directory = store.mkdir(ROOT, b"directory %d" % number, 0o2750, 3, 4)
+            store.mkdir(directory, b"below", 0o700, 0, 0)
+            store.symlink(ROOT, b"symlink %d" % number, b"somewhere", 5, 6)
+            store.special(ROOT, b"special %d" % number, stat.S_IFBLK | 0o660, 0x0801 + number, 7, 8)
+    assert len(store._volumes.rows()) > 1
+    return Acts(store, Manner(60.5))
+
+
+def page_of(acts: Acts, position: int, size: int = ANSWER_BYTES) -> bytes | None:
+    page = acts.page(ROOT, position, size // replies.LISTED_BYTES_MIN)
+    if page is None:
+        return None
+    dots = acts.dots(ROOT, position)
+    times = acts._store.access_times
+    return b"".join(replies.page(1, dots, page, times, acts.manner.timeout_s, size)[1:])
+
+
+def one_by_one(acts: Acts, position: int, size: int = ANSWER_BYTES) -> bytes:
+    times = acts._store.access_times
+    return b"".join(replies.listing(1, acts.listing(ROOT, position), times, acts.manner.timeout_s, size)[1:])
+
+
+def last_position(answer: bytes) -> int:
+    at = position = 0
+    while at < len(answer):
+        *_, position, length, _ = replies._LISTED.unpack_from(answer, at)
+        at += -(-(replies._LISTED.size + length) // 8) * 8
+    assert at == len(answer)
+    return position
+
+
+def entries(store: Store, directory: int = ROOT, count: int = 50) -> list[tuple[int, int, bytes]]:
+    """Return all of *directory*, taken in pages."""
+    found: list[tuple[int, int, bytes]] = []
+    while True:
+        page = store.page(directory, found[-1][0] if found else 0, count)
+        assert page is not None
+        if not len(page.keys):
+            return found
+        at = 0
+        for key, inode, length in zip(page.keys, page.inodes, page.name_lengths, strict=True):
+            found.append((int(key), int(inode), page.names[at : at + length].tobytes()))
+            at += int(length)
+        assert at == len(page.names)
+
+
+# -- the same -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "answers_min"), [(500, 100), (ANSWER_BYTES, 20), (1 << 20, 1)])
+def test_an_answer_has_the_bytes_it_had_one_by_one(acts: Acts, size: int, answers_min: int) -> None:
+    position, answers = 0, 0
+    while True:
+        answer, expected = page_of(acts, position, size), one_by_one(acts, position, size)
+        assert answer is not None
+        assert expected.startswith(answer)
+        if not expected:
+            break
+        assert answer
+        position = last_position(answer)
+        answers += 1
+    assert position == last_position(one_by_one(acts, 0, 1 << 30))
+    assert answers >= answers_min
+
+
+def test_from_any_position_the_next_come(acts: Acts) -> None:
+    store = acts._store
+    listed = list(store.list(ROOT))
+    random = Random(6)
+    for after in [0, 1, *(random.randrange(1 << 56) for _ in range(100)), listed[-1].key, (1 << 56) - 1]:
+        page = store.page(ROOT, after, 20)
+        assert page is not None
+        expected = [entry for entry in listed if entry.key > after]
+        assert page.keys.tolist() == [entry.key for entry in expected[: len(page.keys)]]
+        assert len(page.keys) or not expected
+
+
+@pytest.mark.parametrize("children", [CHILDREN_MIN, CHILDREN_MIN + 1, 16, 63, 64, 65, 1000])
+def test_directories_of_each_size(children: int) -> None:
+    store = new_store(LARGE)
+    for number in range(children):
+        put(store, ROOT, b"%d" % number)
+    assert entries(store) == list(store.list(ROOT))
+    for number in range(children - CHILDREN_MIN):
+        store.unlink(ROOT, b"%d" % number)
+    assert entries(store) == list(store.list(ROOT))
+
+
+def test_what_stays_comes_once_whatever_is_added_and_removed() -> None:
+    store = new_store(LARGE)
+    stay = {b"stays %d" % number for number in range(300)}
+    for name in stay:
+        put(store, ROOT, name)
+    for number in range(300):
+        put(store, ROOT, b"goes %d" % number)
+    found: list[bytes] = []
+    after = 0
+    for number in range(300):
+        page = store.page(ROOT, after, 5)
+        assert page is not None
+        if not len(page.keys):
+            break
+        after = int(page.keys[-1])
+        ends = page.name_lengths.cumsum()
+        found += [page.names[end - size : end].tobytes() for end, size in zip(ends, page.name_lengths, strict=True)]
+        store.unlink(ROOT, b"goes %d" % number)
+        for more in range(5):
+            put(store, ROOT, b"comes %d %d" % (number, more))
+    else:
+        pytest.fail("the listing does not end")
+    assert len(found) == len(set(found))
+    assert stay <= set(found)
+
+
+def test_a_store_that_is_only_read_has_names_that_no_file_has() -> None:
+    """What the index files lack, a read-only mount keeps in memory."""
+    store = new_store(dataclasses.replace(LARGE, checkpoint_needles=40))
+    for number in range(100):
+        put(store, ROOT, b"%d" % number)
+    disk = disk_of(store).after_kill()
+    path = next(path for path in disk.paths() if path.endswith(NAMES.rpartition("/")[2]))
+    disk.set_content(path, disk.content(path)[:-60])
+    reader = open_store(disk, writable=False)
+    assert reader._volumes.get(0).names._tail
+    assert entries(reader) == list(reader.list(ROOT))
+    assert len(entries(reader)) == 100
+
+
+# -- what is left to who looks at each -----------------------------------------------------------------------------
+
+
+def filled(count: int = 40) -> Store:
+    store = new_store(LARGE)
+    for number in range(count):
+        put(store, ROOT, b"%d" % number)
+    return store
+
+
+def taken(store: Store) -> Page | None:
+    return store.page(ROOT, 0, 1000)
+
+
+def test_what_is_being_written_is_looked_at() -> None:
+    store = filled()
+    assert taken(store) is not None
+    _, handle = store.create_image(ROOT, b"new", 0o644, 1, 2)
+    assert taken(store) is None
+    store.write(handle, 0, b"data")
+    store.flush(handle)
+    store.release(handle)
+    assert taken(store) is not None
+    handle = store.open_image(store.lookup(ROOT, b"7"), write=True)
+    store.write(handle, 0, b"other")
+    assert taken(store) is None
+
+
+def test_hard_links_are_looked_at() -> None:
+    store = filled()
+    below = store.mkdir(ROOT, b"below", 0o755, 0, 0)
+    store.link(store.lookup(ROOT, b"7"), below, b"another")
+    assert taken(store) is None
+    store.unlink(below, b"another")
+    store.link(store.lookup(ROOT, b"7"), ROOT, b"another")
+    store.unlink(ROOT, b"7")
+    assert taken(store) is None
+
+
+def test_a_table_that_changes_meanwhile_does_not_count() -> None:
+    store = filled()
+    with store._memory.lock():
+        store._memory.begin()
+        assert store._listing.page(slot_of(ROOT), 0, 1000) is None
+        store._memory.end(None)
+    assert taken(store) is not None
+
+
+def test_a_change_between_reading_and_the_end_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled()
+    entries_of, tries = store._listing._entries, 0
+
+    def changing(*args: int) -> object:
+        nonlocal tries
+        tries += 1
+        found = entries_of(*args)
+        if tries < 3:
+            put(store, ROOT, b"more %d" % tries)
+        return found
+
+    monkeypatch.setattr(store._listing, "_entries", changing)
+    page = taken(store)
+    assert page is not None
+    assert (tries, len(page.keys)) == (3, 42)
+
+
+@pytest.mark.parametrize("lie", [b"\x01/", b"\x01\0", b"\x01.", b"\x00x", b"\xff5"])
+def test_a_name_that_is_none_is_looked_at(lie: bytes) -> None:
+    store = filled()
+    disk = disk_of(store)
+    store = reopened(store)
+    path = next(path for path in disk.paths() if path.endswith(".names"))
+    names = disk.content(path)
+    at = names.rindex(b"\x015")
+    disk.set_content(path, names[:at] + lie + names[at + 2 :])
+    assert taken(store) is None
+    if lie[0] <= 1:
+        with pytest.raises(Damaged):
+            list(store.list(ROOT))
+
+
+def test_no_directory() -> None:
+    store = filled()
+    with pytest.raises(NotADirectory):
+        store.page(store.lookup(ROOT, b"1"), 0, 10)
+    gone = store.mkdir(ROOT, b"gone", 0o755, 0, 0)
+    held = store.lookup(ROOT, b"gone")
+    store.rmdir(ROOT, b"gone")
+    assert store.page(gone, 0, 10) is None
+    with pytest.raises(Stale):
+        store.page(held + (1 << 32), 0, 10)
+
+
+def test_few_children_are_looked_at() -> None:
+    assert taken(filled(CHILDREN_MIN - 1)) is None
+
+
+# -- names --------------------------------------------------------------------------------------------------------
+
+
+class Reads:
+    """What is read of `.names`."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        names = store._volumes.get(0).names
+        self.sizes: list[int] = []
+        read = names.stretch
+
+        def counted(offset: int, size: int, *, nowait: bool = False) -> bytes:
+            self.sizes.append(size)
+            if nowait:
+                raise WouldBlock
+            return read(offset, size)
+
+        monkeypatch.setattr(names, "stretch", counted)
+
+
+def test_names_are_read_once_and_forgotten_when_the_listing_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store(LARGE)
+    for number in range(3000):
+        put(store, ROOT, b"%0200d" % number)
+    reads = Reads(store, monkeypatch)
+    assert len(entries(store)) == 3000
+    assert reads.sizes == [-(-201 * 3000 // _STRETCH_STEP) * _STRETCH_STEP]
+    store.forget_listings()  # of what was listed since the last time, nothing
+    store.page(ROOT, 0, 10)
+    assert len(reads.sizes) == 1
+    store.forget_listings()
+    store.forget_listings()
+    store.page(ROOT, 0, 10)
+    assert len(reads.sizes) == 2
+
+
+def test_who_must_not_wait_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled()
+    Reads(store, monkeypatch)
+    with pytest.raises(WouldBlock):
+        store.page(ROOT, 0, 10, nowait=True)
+
+
+def test_names_that_came_since_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled()
+    assert len(entries(store)) == 40
+    write_image(store, ROOT, b"one more")
+    assert b"one more" in {name for *_, name in entries(store)}
+    assert entries(store) == list(store.list(ROOT))
+
+
+def test_names_far_from_each_other_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store(LARGE)
+    directory = store.mkdir(ROOT, b"directory", 0o755, 0, 0)
+    for number in range(40):
+        put(store, directory, b"%d" % number)
+        for other in range(20):
+            put(store, ROOT, b"%0250d" % (20 * number + other))
+    reads = Reads(store, monkeypatch)
+    assert entries(store, directory) == list(store.list(directory))
+    assert not reads.sizes
+    assert len(entries(store)) == 801
+    assert reads.sizes
+
+
+def test_of_many_volumes_no_more_names_are_kept_than_may_be(acts: Acts, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = acts._store
+    monkeypatch.setattr("imgfs.listing._STRETCHES_BYTES_MAX", 15_000)
+    listed = [(entry.key, entry.inode, entry.name) for entry in store.list(ROOT)]
+    assert entries(store) == listed
+    kept = [len(stretch.content) for stretch in store._listing._stretches.values()]
+    assert len(store._volumes.rows()) > len(kept) > 0
+    assert sum(kept) <= 15_000
+
+
+def test_a_volume_that_is_gone_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compaction has moved the needles, and removed the volume, between table and names."""
+    store = filled()
+
+    def stale(row: int) -> None:
+        raise Stale("the volume is removed")
+
+    monkeypatch.setattr(store._volumes, "get", stale)
+    assert taken(store) is None
+
+
+def test_the_slot_of_a_directory_may_be_anothers_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled()
+    directory = store.mkdir(ROOT, b"directory", 0o755, 0, 0)
+    for number in range(CHILDREN_MIN):
+        put(store, directory, b"%d" % number)
+    page = store._listing.page
+
+    def removed(slot: int, after: int, count: int, *, nowait: bool = False) -> Page | None:
+        assert slot == slot_of(directory)
+        for number in range(CHILDREN_MIN):
+            store.unlink(directory, b"%d" % number)
+        store.rmdir(ROOT, b"directory")
+        while store._memory.words[Word.SLOTS] and not store._table.record(slot_of(directory)).generation:
+            put(store, ROOT, b"again")
+            store.unlink(ROOT, b"again")
+        return page(slot, after, count, nowait=nowait)
+
+    monkeypatch.setattr(store._listing, "page", removed)
+    with pytest.raises(Stale):
+        store.page(directory, 0, 10)
