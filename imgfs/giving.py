@@ -13,11 +13,12 @@ given, and passes through the lock before that is answered; who opens it to writ
 truncates it changes it within the lock.
 
 *Concurrency:* on the loop of a worker. All share the words: the first is written by who has the lock, the others are
-hints. Who opens stores its handle and then looks at the first word, who gives does it the other way round; that takes
-microseconds each, in which a processor sees what another has stored.
+hints. Who opens stores its handle and then looks at the first word, who gives does it the other way round; each lets go
+of a lock in between, which keeps the processor from reading before it has stored.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable
 
 from imgfs.disk import Buffer
@@ -47,6 +48,7 @@ class Giving:
         self._shared = shared
         self._expected = shared[1:]
         self._tell = tell
+        self._fence = threading.Lock()
 
     def expect(self, inode: int) -> None:
         """Take it that the kernel has no bytes of *inode*, and will ask for them."""
@@ -70,6 +72,8 @@ class Giving:
             if self._memory.try_acquire():
                 self._shared[0] = inode
                 try:
+                    with self._fence:
+                        pass
                     if self._handles.is_only_one(inode) and self._images.record(inode)[:7] == seen.record[:7]:
                         self._tell(inode, seen.data)
                 finally:
