@@ -1,8 +1,9 @@
 """Many entries at a time are what one by one are, byte for byte; where they might not be, nobody takes them so."""
 
 import dataclasses
+import errno
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 
 import pytest
@@ -11,11 +12,11 @@ from stores import TINY, abandon_all, disk_of, new_store, open_store, put, reope
 
 from imgfs import replies
 from imgfs.acts import Acts, Manner
-from imgfs.disk import WouldBlock
-from imgfs.errors import Damaged, NotADirectory, Stale
+from imgfs.disk import Buffer, WouldBlock
+from imgfs.errors import Damaged, DiskFailure, NotADirectory, Stale
 from imgfs.format import slot_of
 from imgfs.layout import Word
-from imgfs.listing import _STRETCH_STEP, CHILDREN_MIN, Page
+from imgfs.listing import CHILDREN_MIN, Page
 from imgfs.store import ROOT, Store
 
 ANSWER_BYTES = 4096
@@ -235,6 +236,23 @@ def test_a_change_between_reading_and_the_end_does_not_count(monkeypatch: pytest
     assert (tries, len(page.keys)) == (3, 42)
 
 
+def test_a_directory_that_is_emptied_meanwhile_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled(CHILDREN_MIN)
+    buckets = store._table.buckets
+    children_of = buckets.children
+
+    def emptied(directory: int) -> int:
+        monkeypatch.undo()
+        before = children_of(directory)
+        for name in [entry.name for entry in store.list(ROOT)]:
+            store.unlink(ROOT, name)
+        return before
+
+    monkeypatch.setattr(buckets, "children", emptied)
+    assert taken(store) is None
+    assert not list(store.list(ROOT))
+
+
 @pytest.mark.parametrize("lie", [b"\x01/", b"\x01\0", b"\x01.", b"\x00x", b"\xff5"])
 def test_a_name_that_is_none_is_looked_at(lie: bytes) -> None:
     store = filled()
@@ -292,7 +310,7 @@ def test_names_are_read_once_and_forgotten_when_the_listing_is_over(monkeypatch:
         put(store, ROOT, b"%0200d" % number)
     reads = Reads(store, monkeypatch)
     assert len(entries(store)) == 3000
-    assert reads.sizes == [-(-201 * 3000 // _STRETCH_STEP) * _STRETCH_STEP]
+    assert reads.sizes == [store._memory.words[Word.NAMES_END]]
     store.forget_listings()  # of what was listed since the last time, nothing
     store.page(ROOT, 0, 10)
     assert len(reads.sizes) == 1
@@ -315,6 +333,25 @@ def test_names_that_came_since_are_read(monkeypatch: pytest.MonkeyPatch) -> None
     write_image(store, ROOT, b"one more")
     assert b"one more" in {name for *_, name in entries(store)}
     assert entries(store) == list(store.list(ROOT))
+
+
+def test_a_name_whose_append_failed_is_not_that_of_what_comes_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled()
+    disk = disk_of(store)
+    write = disk.write
+
+    def fail_behind_the_name(file: int, offset: int, buffers: Sequence[Buffer]) -> None:
+        write(file, offset, buffers)
+        if bytes(buffers[0]) == b"\x05wrong":
+            assert len(entries(store)) == 40
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(disk, "write", fail_behind_the_name)
+    with pytest.raises(DiskFailure):
+        put(store, ROOT, b"wrong")
+    put(store, ROOT, b"right")
+    assert entries(store) == list(store.list(ROOT))
+    assert b"right" in {name for *_, name in entries(store)}
 
 
 def test_names_far_from_each_other_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
