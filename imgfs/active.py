@@ -364,12 +364,16 @@ class Active:
             synced = words[Word.SYNCED]
             if synced >> _SYNCED_SHIFT == wanted.entry and synced & _SYNCED_MASK >= wanted.end:
                 return wanted.end, 0
+            if words[Word.ACTIVE] != wanted.entry:
+                # It was sealed meanwhile, which made it durable. To sync it would tell nothing of the one that is being
+                # written, for which SYNCING may stand.
+                return wanted.end, 0
             # Another process may have synced for long, and who came meanwhile need not wait for another run.
             served, end = asked(), self._end_now(wanted)
             if not end:
                 served, end = 0, wanted.end
             try:
-                if words[Word.SYNCING] and words[Word.ACTIVE] == wanted.entry:
+                if words[Word.SYNCING]:
                     # Who was killed within a sync may have been told of lost pages, as nobody will be again: they are
                     # written once more, so that this sync means them, too.
                     volume.write_again(words[Word.DURABLE], end)

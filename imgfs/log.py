@@ -291,8 +291,8 @@ class Log(Batches):
                 return served
             memory.acquire()
         try:
-            if words[Word.ACTIVE] != entry:
-                return served  # it was sealed meanwhile, which made it durable
+            if words[Word.ACTIVE] != entry or self._is_sealed():
+                return served  # it was sealed meanwhile, which made it durable; nothing may follow the seal
             words[Word.DURABLE] = max(words[Word.DURABLE], end)
             if due and self._if_room(lambda: self._write(Part(checkpoint(state, seal=False)))):
                 words[Word.CHECKPOINT_RECORDS] = words[Word.INDEX_RECORDS]
