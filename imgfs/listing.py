@@ -4,10 +4,13 @@ Owns the stretches of `.names` that listings read, for as long as these go on. M
 in the table - being written, a hard link, a name that lies far from all others - it leaves to those who look at entries
 one by one (view.py), and says so.
 
-*Concurrency:* reads the table once, and counts for nothing if that changed meanwhile.
+*Concurrency:* reads the table once, and counts for nothing if that changed meanwhile. Threads that wait for
+the disk to read names do so one after the other.
 """
 
+import contextlib
 import mmap
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -119,6 +122,7 @@ class Listing:
         self._volumes = volumes
         self._stretches: dict[Names, _Stretch] = {}
         self._used: set[Names] = set()
+        self._reading = threading.Lock()
 
     def forget(self) -> None:
         """Free the names that nobody listed since this was called last."""
@@ -278,19 +282,35 @@ class Listing:
 
         Behind *names_end* other names may stand later.
         """
-        kept = self._stretches.get(names)
-        if kept is None or not kept.holds(first, last):
-            end = last + NAME_BYTES_READ
-            if end - first > _STRETCH_STEP:
-                first, end = first // _STRETCH_STEP * _STRETCH_STEP, -(-end // _STRETCH_STEP) * _STRETCH_STEP
-            end = min(end, names_end)
-            others = sum(len(other.content) for of, other in list(self._stretches.items()) if of is not names)
-            if end - first > min(children * _STRETCH_BYTES_EACH, _STRETCHES_BYTES_MAX - others):
-                return None
-            content = _in_own_pages(names.stretch(first, end - first, nowait=nowait))
-            kept = self._stretches[names] = _Stretch(first, content)
-        self._used.add(names)
+        kept = self._kept(names, first, last)
+        if kept is None:
+            # Those that all wait for the disk to read the same read it once, not each for itself.
+            with contextlib.nullcontext() if nowait else self._reading:
+                kept = self._kept(names, first, last) or self._read(
+                    names, first, last, children, names_end, nowait=nowait
+                )
+        if kept is not None:
+            self._used.add(names)
         return kept
+
+    def _kept(self, names: Names, first: int, last: int) -> _Stretch | None:
+        kept = self._stretches.get(names)
+        return kept if kept is not None and kept.holds(first, last) else None
+
+    def _read(
+        self, names: Names, first: int, last: int, children: int, names_end: int, *, nowait: bool
+    ) -> _Stretch | None:
+        """As `_stretch`, where none is kept."""
+        end = last + NAME_BYTES_READ
+        if end - first > _STRETCH_STEP:
+            first, end = first // _STRETCH_STEP * _STRETCH_STEP, -(-end // _STRETCH_STEP) * _STRETCH_STEP
+        end = min(end, names_end)
+        others = sum(len(other.content) for of, other in list(self._stretches.items()) if of is not names)
+        if end - first > min(children * _STRETCH_BYTES_EACH, _STRETCHES_BYTES_MAX - others):
+            return None
+        read = _Stretch(first, _in_own_pages(names.stretch(first, end - first, nowait=nowait)))
+        self._stretches[names] = read
+        return read
 
 
 def _in_own_pages(data: bytes) -> Bytes:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from random import Random
 
@@ -15,11 +16,13 @@ from imgfs.acts import Acts, Manner
 from imgfs.disk import Buffer, WouldBlock
 from imgfs.errors import Damaged, DiskFailure, NotADirectory, Stale
 from imgfs.format import slot_of
+from imgfs.index import Names
 from imgfs.layout import Word
-from imgfs.listing import CHILDREN_MIN, Page
+from imgfs.listing import CHILDREN_MIN, Page, _Stretch
 from imgfs.store import ROOT, Store
 
 ANSWER_BYTES = 4096
+DEADLINE_S = 60
 LARGE = dataclasses.replace(TINY, volume_bytes_max=1 << 30)
 
 
@@ -318,6 +321,42 @@ def test_names_are_read_once_and_forgotten_when_the_listing_is_over(monkeypatch:
     store.forget_listings()
     store.page(ROOT, 0, 10)
     assert len(reads.sizes) == 2
+
+
+def test_many_who_wait_for_the_same_names_read_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled()
+    names = store._volumes.get(0).names
+    read, reads, began, go_on = names.stretch, 0, threading.Event(), threading.Event()
+
+    def slow(offset: int, size: int, *, nowait: bool = False) -> bytes:
+        nonlocal reads
+        reads += 1
+        began.set()
+        assert go_on.wait(DEADLINE_S)
+        return read(offset, size, nowait=nowait)
+
+    monkeypatch.setattr(names, "stretch", slow)
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(len(entries(store)))) for _ in range(4)]
+    threads[0].start()
+    assert began.wait(DEADLINE_S)
+    kept_of, looked = store._listing._kept, threading.Semaphore(0)
+
+    def looks(names: Names, first: int, last: int) -> _Stretch | None:
+        kept = kept_of(names, first, last)
+        looked.release()
+        return kept
+
+    monkeypatch.setattr(store._listing, "_kept", looks)
+    for thread in threads[1:]:
+        thread.start()
+        assert looked.acquire(timeout=DEADLINE_S)
+    go_on.set()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+    assert found == [40] * 4
+    assert reads == 1
 
 
 def test_who_must_not_wait_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
