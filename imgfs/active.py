@@ -388,6 +388,13 @@ class Active:
             words[Word.SYNCING] = 0
         return end, served
 
+    def _note_synced(self) -> None:
+        """Within the lock: let the durable mark say what the last sync covered, which may not have got the lock."""
+        words = self._words
+        synced = words[Word.SYNCED]
+        if synced >> _SYNCED_SHIFT == words[Word.ACTIVE]:
+            words[Word.DURABLE] = max(words[Word.DURABLE], synced & _SYNCED_MASK)
+
     def _end_now(self, wanted: Range) -> int:
         """Return how far the volume of *wanted* reaches; 0 if it cannot be said at once, or it was sealed meanwhile.
 
