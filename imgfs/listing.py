@@ -270,6 +270,8 @@ class Listing:
             lengths = np.array([len(name) for name in found])
             return np.cumsum(lengths) - lengths, lengths, np.frombuffer(b"".join(found), np.uint8)
         starts = offsets - stretch.start
+        if starts.max() >= len(stretch.content):
+            return None  # the file is cut: who looks at each says so
         lengths = stretch.content[starts].astype(np.int64)
         if (starts + lengths).max() >= len(stretch.content):
             return None

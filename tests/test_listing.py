@@ -271,6 +271,17 @@ def test_a_name_that_is_none_is_looked_at(lie: bytes) -> None:
             list(store.list(ROOT))
 
 
+@pytest.mark.parametrize("left_bytes", [0, 16, 50, -1])
+def test_names_that_are_cut_are_looked_at(left_bytes: int) -> None:
+    store = filled()
+    disk = disk_of(store)
+    path = next(path for path in disk.paths() if path.endswith(".names"))
+    disk.set_content(path, disk.content(path)[:left_bytes])
+    assert taken(store) is None
+    with pytest.raises(Damaged):
+        list(store.list(ROOT))
+
+
 def test_no_directory() -> None:
     store = filled()
     with pytest.raises(NotADirectory):
