@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imgfs.buckets import BUCKETS_MAX, HASH_BITS, bucket_count
-from imgfs.errors import Stale
+from imgfs.errors import ImgfsError, Stale
 from imgfs.format import NAMES_BYTES_LIMIT, Kind
 from imgfs.index import NAME_BYTES_READ, Names
 from imgfs.layout import (
@@ -92,6 +92,7 @@ class _Written(NamedTuple):
 
     active: int
     names_end: int  # 0: nobody writes
+    volumes_gone: int  # when that was so
 
     def end_in(self, row: int) -> int:
         return self.names_end if row == self.active and self.names_end else NAMES_BYTES_LIMIT
@@ -154,10 +155,12 @@ class Listing:
             return None
         try:
             names = self._names(records, self._table.buckets.children(directory), written, nowait=nowait)
-        except Stale:
-            return None  # compacted meanwhile
-        if names is None:
-            return None
+        except (ImgfsError, OSError) as error:
+            if isinstance(error, Stale) or self._memory.words[Word.VOLUMES_GONE] != written.volumes_gone:
+                return None  # compacted meanwhile
+            raise
+        if names is None or self._memory.words[Word.VOLUMES_GONE] != written.volumes_gone:
+            return None  # a row may have been another volume's when its names were read
         sizes, subdirectories = records["size"].astype(np.int64), records["volume"].astype(np.int64)
         return Page(
             keys,
@@ -185,7 +188,7 @@ class Listing:
             owners = np.frombuffer(self._map, _OWNERS, OWNERS_MAX, OWNERS_AT)[found[2]["owner"]] if found else None
         except (IndexError, ValueError, ZeroDivisionError):
             return None  # references, or a number of children, that only a table has that changes
-        written = _Written(words[Word.ACTIVE], words[Word.NAMES_END])
+        written = _Written(words[Word.ACTIVE], words[Word.NAMES_END], words[Word.VOLUMES_GONE])
         if found is None or owners is None or words[Word.COUNTER] != before:
             return None
         return found, owners, written

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from random import Random
 
 import pytest
+from compacted import compact
 from hostile import NAMES
 from stores import TINY, abandon_all, disk_of, new_store, open_store, put, reopened, write_image
 
@@ -16,10 +17,11 @@ from imgfs.acts import Acts, Manner
 from imgfs.disk import Buffer, WouldBlock
 from imgfs.errors import Damaged, DiskFailure, NotADirectory, Stale
 from imgfs.format import slot_of
-from imgfs.index import Names
+from imgfs.index import Names, index_paths
 from imgfs.layout import Word
 from imgfs.listing import CHILDREN_MIN, Page, _Stretch
 from imgfs.store import ROOT, Store
+from imgfs.volumes import OpenVolume
 
 ANSWER_BYTES = 4096
 DEADLINE_S = 60
@@ -437,6 +439,40 @@ def test_a_volume_that_is_gone_is_looked_for(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(store._volumes, "get", stale)
     assert taken(store) is None
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_row_of_a_volume_may_be_anothers_meanwhile(monkeypatch: pytest.MonkeyPatch, cut: bool) -> None:
+    """It was compacted between table and names, and the store went on in its row."""
+    store = new_store()
+    directory = store.mkdir(ROOT, b"directory", 0o755, 0, 0)
+    for number in range(40):
+        put(store, directory, b"%02d" % number)
+    put(store, ROOT, b"fills", bytes(TINY.volume_bytes_max - 20_000))
+    put(store, ROOT, b"in the next", bytes(30_000))
+    before = entries(store, directory)
+    store.forget_listings()
+    store.forget_listings()
+    get = store._volumes.get
+
+    def compacted(row: int) -> OpenVolume:
+        monkeypatch.setattr(store._volumes, "get", get)
+        assert store._volumes.rows(sealed=True) == [row]
+        compact(store, [row])
+        while store._memory.words[Word.ACTIVE] != row:
+            put(store, ROOT, b"fills", bytes(30_000))
+        for number in range(100):
+            put(store, ROOT, b"of others %d" % number, b"")
+        assert store._memory.words[Word.ACTIVE] == row
+        if cut:  # they are read one by one, and none is found
+            monkeypatch.setattr("imgfs.listing._STRETCHES_BYTES_MAX", 0)
+            disk_of(store).set_content(index_paths(get(row).volume.path).names, b"")
+        return get(row)
+
+    monkeypatch.setattr(store._volumes, "get", compacted)
+    assert store.page(directory, 0, 100) is None
+    monkeypatch.undo()
+    assert entries(store, directory) == before == list(store.list(directory))
 
 
 def test_the_slot_of_a_directory_may_be_anothers_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
