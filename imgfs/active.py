@@ -364,12 +364,16 @@ class Active:
             synced = words[Word.SYNCED]
             if synced >> _SYNCED_SHIFT == wanted.entry and synced & _SYNCED_MASK >= wanted.end:
                 return wanted.end, 0
+            if words[Word.ACTIVE] != wanted.entry:
+                # It was sealed meanwhile, which made it durable. To sync it would tell nothing of the one that is being
+                # written, for which SYNCING may stand.
+                return wanted.end, 0
             # Another process may have synced for long, and who came meanwhile need not wait for another run.
             served, end = asked(), self._end_now(wanted)
             if not end:
                 served, end = 0, wanted.end
             try:
-                if words[Word.SYNCING] and words[Word.ACTIVE] == wanted.entry:
+                if words[Word.SYNCING]:
                     # Who was killed within a sync may have been told of lost pages, as nobody will be again: they are
                     # written once more, so that this sync means them, too.
                     volume.write_again(words[Word.DURABLE], end)
@@ -383,6 +387,13 @@ class Active:
             words[Word.SYNCED] = wanted.entry << _SYNCED_SHIFT | end
             words[Word.SYNCING] = 0
         return end, served
+
+    def _note_synced(self) -> None:
+        """Within the lock: let the durable mark say what the last sync covered, which may not have got the lock."""
+        words = self._words
+        synced = words[Word.SYNCED]
+        if synced >> _SYNCED_SHIFT == words[Word.ACTIVE]:
+            words[Word.DURABLE] = max(words[Word.DURABLE], synced & _SYNCED_MASK)
 
     def _end_now(self, wanted: Range) -> int:
         """Return how far the volume of *wanted* reaches; 0 if it cannot be said at once, or it was sealed meanwhile.

@@ -94,6 +94,7 @@ class FailedSync(Rolling):
 
     def _append_again(self) -> None:
         words = self._words
+        self._note_synced()
         entry, mark, end = words[Word.ACTIVE], words[Word.DURABLE], words[Word.ACTIVE_END]
         row, old = self._table.volume(entry), self.volume
         log.error("the disk lost data of %s; what is whole behind byte %d is appended again", old.path, mark)

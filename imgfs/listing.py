@@ -4,18 +4,21 @@ Owns the stretches of `.names` that listings read, for as long as these go on. M
 in the table - being written, a hard link, a name that lies far from all others - it leaves to those who look at entries
 one by one (view.py), and says so.
 
-*Concurrency:* reads the table once, and counts for nothing if that changed meanwhile.
+*Concurrency:* reads the table once, and counts for nothing if that changed meanwhile. Threads that wait for
+the disk to read names do so one after the other.
 """
 
+import contextlib
 import mmap
+import threading
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from imgfs.buckets import BUCKETS_MAX, HASH_BITS, bucket_count
-from imgfs.errors import Stale
-from imgfs.format import Kind
+from imgfs.errors import ImgfsError, Stale
+from imgfs.format import NAMES_BYTES_LIMIT, Kind
 from imgfs.index import NAME_BYTES_READ, Names
 from imgfs.layout import (
     ARENA_AT,
@@ -77,6 +80,24 @@ class Page(NamedTuple):
     """One behind the other."""
 
 
+# Of entries: keys, slots, records.
+_Entries = tuple[Numbers, Numbers, Records]
+
+
+class _Written(NamedTuple):
+    """How far what stands in `.names` counts: all of it, but in the row of the *active* volume up to *names_end*.
+
+    Behind that is what is just being appended; if that fails, other names come there.
+    """
+
+    active: int
+    names_end: int  # 0: nobody writes
+    volumes_gone: int  # when that was so
+
+    def end_in(self, row: int) -> int:
+        return self.names_end if row == self.active and self.names_end else NAMES_BYTES_LIMIT
+
+
 class _Stretch(NamedTuple):
     """Bytes of `.names` from offset *start* on."""
 
@@ -102,6 +123,7 @@ class Listing:
         self._volumes = volumes
         self._stretches: dict[Names, _Stretch] = {}
         self._used: set[Names] = set()
+        self._reading = threading.Lock()
 
     def forget(self) -> None:
         """Free the names that nobody listed since this was called last."""
@@ -122,7 +144,7 @@ class Listing:
             found = next(filter(None, (self._unchanged(directory, after, count) for _ in range(_TRIES))), None)
         if found is None:
             return None
-        keys, slots, records, owners = found
+        (keys, slots, records), owners, written = found
         flags = records["flags"]
         kinds = flags & Flag.KIND
         is_directory, is_special = kinds == _DIRECTORY, kinds == _SPECIAL
@@ -132,11 +154,13 @@ class Listing:
         if odd.any():
             return None
         try:
-            names = self._names(records, self._table.buckets.children(directory), nowait=nowait)
-        except Stale:
-            return None  # compacted meanwhile
-        if names is None:
-            return None
+            names = self._names(records, self._table.buckets.children(directory), written, nowait=nowait)
+        except (ImgfsError, OSError) as error:
+            if isinstance(error, Stale) or self._memory.words[Word.VOLUMES_GONE] != written.volumes_gone:
+                return None  # compacted meanwhile
+            raise
+        if names is None or self._memory.words[Word.VOLUMES_GONE] != written.volumes_gone:
+            return None  # a row may have been another volume's when its names were read
         sizes, subdirectories = records["size"].astype(np.int64), records["volume"].astype(np.int64)
         return Page(
             keys,
@@ -153,8 +177,8 @@ class Listing:
             *names,
         )
 
-    def _unchanged(self, directory: int, after: int, count: int) -> tuple[Numbers, Numbers, Records, Records] | None:
-        """Return keys, slots, records and owners of entries; None if the table changed meanwhile."""
+    def _unchanged(self, directory: int, after: int, count: int) -> tuple[_Entries, Records, _Written] | None:
+        """Return entries, their owners, and how far names count; None if the table changed meanwhile."""
         words = self._memory.words
         before = words[Word.COUNTER]
         if before & 1:
@@ -162,17 +186,18 @@ class Listing:
         try:
             found = self._entries(directory, after, count)
             owners = np.frombuffer(self._map, _OWNERS, OWNERS_MAX, OWNERS_AT)[found[2]["owner"]] if found else None
-        except (IndexError, ValueError):
-            return None  # references that only a table has that changes
+        except (IndexError, ValueError, ZeroDivisionError):
+            return None  # references, or a number of children, that only a table has that changes
+        written = _Written(words[Word.ACTIVE], words[Word.NAMES_END], words[Word.VOLUMES_GONE])
         if found is None or owners is None or words[Word.COUNTER] != before:
             return None
-        return *found, owners
+        return found, owners, written
 
-    def _entries(self, directory: int, after: int, count: int) -> tuple[Numbers, Numbers, Records] | None:
-        """Return (keys, slots, records) of *count* children past *after*, or a few more or less; None as `page`.
+    def _entries(self, directory: int, after: int, count: int) -> _Entries | None:
+        """Return *count* children past *after*, or a few more or less; None as `page`.
 
         Raises:
-            IndexError, ValueError: the table changes meanwhile.
+            IndexError, ValueError, ZeroDivisionError: the table changes meanwhile.
         """
         children = self._table.buckets.children(directory)
         buckets = bucket_count(children)
@@ -209,7 +234,9 @@ class Listing:
 
     # -- names ------------------------------------------------------------------------------------------------
 
-    def _names(self, records: Records, children: int, *, nowait: bool) -> tuple[Numbers, Bytes] | None:
+    def _names(
+        self, records: Records, children: int, written: _Written, *, nowait: bool
+    ) -> tuple[Numbers, Bytes] | None:
         """Return (lengths, bytes) of the names of *records*, of *children* in all; None if one is none.
 
         Raises:
@@ -220,50 +247,75 @@ class Listing:
         sources = []
         for row in map(int, np.unique(rows)):
             chosen = np.flatnonzero(rows == row)
-            found = self._names_in(self._volumes.get(row).names, offsets[chosen], children, nowait=nowait)
+            bytes_max, names = written.end_in(row), self._volumes.get(row).names
+            found = self._names_in(names, offsets[chosen], children, bytes_max, nowait=nowait)
             if found is None:
                 return None
             starts, lengths[chosen], content = found
             sources.append((chosen, starts, content))
-        names = np.empty(int(lengths.sum()), np.uint8)
+        joined = np.empty(int(lengths.sum()), np.uint8)
         begins = np.cumsum(lengths) - lengths
         for chosen, starts, content in sources:
-            names[ranges(begins[chosen], lengths[chosen])] = content[ranges(starts, lengths[chosen])]
-        if not lengths.all() or ((names == 0) | (names == ord("/"))).any():
+            joined[ranges(begins[chosen], lengths[chosen])] = content[ranges(starts, lengths[chosen])]
+        if not lengths.all() or ((joined == 0) | (joined == ord("/"))).any():
             return None  # who looks at each says what is wrong with it
-        if ((lengths <= 2) & (names[begins] == ord("."))).any():
+        if ((lengths <= 2) & (joined[begins] == ord("."))).any():
             return None
-        return lengths, names
+        return lengths, joined
 
     def _names_in(
-        self, names: Names, offsets: Numbers, children: int, *, nowait: bool
+        self, names: Names, offsets: Numbers, children: int, end: int, *, nowait: bool
     ) -> tuple[Numbers, Numbers, Bytes] | None:
         """Return (starts, lengths, bytes) of what stands at *offsets*: each name is in the bytes, where it starts."""
-        stretch = self._stretch(names, int(offsets.min()), int(offsets.max()), children, nowait=nowait)
+        stretch = self._stretch(names, int(offsets.min()), int(offsets.max()), children, end, nowait=nowait)
         if stretch is None:
             found = [names.get(int(offset), nowait=nowait) for offset in offsets]
             lengths = np.array([len(name) for name in found])
             return np.cumsum(lengths) - lengths, lengths, np.frombuffer(b"".join(found), np.uint8)
         starts = offsets - stretch.start
+        if starts.max() >= len(stretch.content):
+            return None  # the file is cut: who looks at each says so
         lengths = stretch.content[starts].astype(np.int64)
         if (starts + lengths).max() >= len(stretch.content):
             return None
         return starts + 1, lengths, stretch.content
 
-    def _stretch(self, names: Names, first: int, last: int, children: int, *, nowait: bool) -> _Stretch | None:
-        """Return a stretch with the names from offset *first* to *last*; None if they are better read one by one."""
-        kept = self._stretches.get(names)
-        if kept is None or not kept.holds(first, last):
-            end = last + NAME_BYTES_READ
-            if end - first > _STRETCH_STEP:
-                first, end = first // _STRETCH_STEP * _STRETCH_STEP, -(-end // _STRETCH_STEP) * _STRETCH_STEP
-            others = sum(len(other.content) for of, other in list(self._stretches.items()) if of is not names)
-            if end - first > min(children * _STRETCH_BYTES_EACH, _STRETCHES_BYTES_MAX - others):
-                return None
-            content = _in_own_pages(names.stretch(first, end - first, nowait=nowait))
-            kept = self._stretches[names] = _Stretch(first, content)
-        self._used.add(names)
+    def _stretch(
+        self, names: Names, first: int, last: int, children: int, names_end: int, *, nowait: bool
+    ) -> _Stretch | None:
+        """Return a stretch with the names from offset *first* to *last*; None if they are better read one by one.
+
+        Behind *names_end* other names may stand later.
+        """
+        kept = self._kept(names, first, last)
+        if kept is None:
+            # Those that all wait for the disk to read the same read it once, not each for itself.
+            with contextlib.nullcontext() if nowait else self._reading:
+                kept = self._kept(names, first, last) or self._read(
+                    names, first, last, children, names_end, nowait=nowait
+                )
+        if kept is not None:
+            self._used.add(names)
         return kept
+
+    def _kept(self, names: Names, first: int, last: int) -> _Stretch | None:
+        kept = self._stretches.get(names)
+        return kept if kept is not None and kept.holds(first, last) else None
+
+    def _read(
+        self, names: Names, first: int, last: int, children: int, names_end: int, *, nowait: bool
+    ) -> _Stretch | None:
+        """As `_stretch`, where none is kept."""
+        end = last + NAME_BYTES_READ
+        if end - first > _STRETCH_STEP:
+            first, end = first // _STRETCH_STEP * _STRETCH_STEP, -(-end // _STRETCH_STEP) * _STRETCH_STEP
+        end = min(end, names_end)
+        others = sum(len(other.content) for of, other in list(self._stretches.items()) if of is not names)
+        if end - first > min(children * _STRETCH_BYTES_EACH, _STRETCHES_BYTES_MAX - others):
+            return None
+        read = _Stretch(first, _in_own_pages(names.stretch(first, end - first, nowait=nowait)))
+        self._stretches[names] = read
+        return read
 
 
 def _in_own_pages(data: bytes) -> Bytes:

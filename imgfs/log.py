@@ -261,6 +261,7 @@ class Log(Batches):
         served = asked()
         with memory.lock():
             self._mend()
+            self._note_synced()
             if self._is_sealed():
                 # The next volume could not be begun yet, and nothing may follow the seal of this one.
                 with self._disk_errors(self.volume.path):
@@ -285,14 +286,15 @@ class Log(Batches):
         finally:
             duplicate.close()
         served = max(served, more)
-        # The mark may stay behind what is durable: it is not worth waiting for who changes something.
+        # The mark may stay behind what is durable until somebody needs it: it is not worth waiting for who changes
+        # something.
         if not memory.try_acquire():
             if not (due or final):
                 return served
             memory.acquire()
         try:
-            if words[Word.ACTIVE] != entry:
-                return served  # it was sealed meanwhile, which made it durable
+            if words[Word.ACTIVE] != entry or self._is_sealed():
+                return served  # it was sealed meanwhile, which made it durable; nothing may follow the seal
             words[Word.DURABLE] = max(words[Word.DURABLE], end)
             if due and self._if_room(lambda: self._write(Part(checkpoint(state, seal=False)))):
                 words[Word.CHECKPOINT_RECORDS] = words[Word.INDEX_RECORDS]

@@ -135,6 +135,22 @@ def test_what_is_not_whole_is_named_and_costs_nothing_else(caplog: pytest.LogCap
     store.close()
 
 
+def test_what_was_synced_is_kept_where_that_could_not_be_noted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is behind the mark has to be read again, and that may fail, too."""
+    store = new_store(LARGE)
+    disk = disk_of(store)
+    put(store, ROOT, b"a", b"acknowledged")
+    with monkeypatch.context() as patch:
+        patch.setattr(store._memory, "try_acquire", lambda: False)  # somebody is at a change
+        store.sync()
+    put(store, ROOT, b"b", b"not yet")
+    disk.fail_next("read", errno.EIO)
+    fail(store)
+    with Store.open(PATH, disk=disk.after_power_cut(NOTHING_UNSYNCED), settings=LARGE) as twin:
+        assert content(twin, twin.resolve(b"a")) == b"acknowledged"
+        assert not twin.report.damage
+
+
 def test_it_may_fail_again_and_again() -> None:
     store = new_store(LARGE)
     for turn in range(4):

@@ -1,5 +1,6 @@
 """fsync past pyfuse3: flushed on the spot, answered from the thread that syncs, once for all who wait."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -15,15 +16,17 @@ from door import ROW, Door, request_of
 from killed_store import new_store as new_real_store
 from mounted import WORKER_DEATHS, Mounted, wait_until
 from powercut import SimulatedDisk
-from stores import PATH, abandon_all, content, disk_of, names, new_store, put
+from stores import PATH, abandon_all, content, disk_of, names, new_store, open_store, put
 from survivors import NOTHING_UNSYNCED
 
 from imgfs.board import Board, Post
 from imgfs.calls import INLINE_BYTES
 from imgfs.late import LateRequests, Unsynced
+from imgfs.layout import Word
 from imgfs.replies import Reply
 from imgfs.settings import Settings
 from imgfs.store import ROOT, Store
+from imgfs.volume import Volume
 from imgfs.wire import OUT_HEADER, Opcode, identify
 
 DEADLINE_S = 60
@@ -250,6 +253,63 @@ def test_who_asks_while_another_process_syncs_is_served_by_the_next_run() -> Non
         other.sync()
         assert len(syncs) == 1, "all was durable"
         other.leave()
+
+
+def test_who_was_killed_within_a_sync_is_not_forgotten_for_one_of_the_volume_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may have been told of lost pages; so what comes behind it writes all once more."""
+    with new_real_store() as store:
+        other = Store.attach(store.path, os.dup(store.memory_descriptor), None, settings=store.settings)
+        memory, words, log = store._memory, store._memory.words, store._log
+        assert log is not None
+        put(store, ROOT, b"a")
+        late = threading.Thread(target=other.sync)
+        turn = memory.one_sync
+        with turn:
+            late.start()
+            wait_until(other._memory.one_sync._threads.locked, "the other one waits for the sync")
+            with monkeypatch.context() as patch, memory.lock():
+                # Who seals the volume, and who begins to sync the next, come before it.
+                patch.setattr(memory, "one_sync", contextlib.nullcontext())
+                log._seal()
+                log.begin_volume()
+            put(store, ROOT, b"b")
+            words[Word.SYNCING] = 1
+        late.join(DEADLINE_S)
+        assert not late.is_alive()
+        again: list[tuple[int, int]] = []
+        monkeypatch.setattr(Volume, "write_again", lambda _, start, end: again.append((start, end)))
+        first, end = words[Word.DURABLE], words[Word.ACTIVE_END]
+        other.sync()
+        assert again == [(first, end)]
+        assert not words[Word.SYNCING]
+        other.leave()
+
+
+def test_nothing_follows_a_seal_that_came_during_a_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store()
+    disk, log = disk_of(store), store._log
+    assert log is not None
+    for number in range(store.settings.checkpoint_needles + 1):
+        put(store, ROOT, b"%d" % number)
+    close = disk.close
+
+    def seal(file: int) -> None:
+        monkeypatch.undo()
+        close(file)
+        with store._memory.lock():
+            log._seal()  # who did that is killed before it begins the next
+
+    monkeypatch.setattr(disk, "close", seal)
+    store.sync()
+    assert log._is_sealed()
+    put(store, ROOT, b"goes on")
+    before = names(store)
+    twin = open_store(disk.after_kill())
+    assert names(twin) == before
+    assert not twin.report.damage
+    abandon_all()
 
 
 @pytest.mark.mount

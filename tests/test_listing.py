@@ -1,24 +1,30 @@
 """Many entries at a time are what one by one are, byte for byte; where they might not be, nobody takes them so."""
 
 import dataclasses
+import errno
 import stat
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from random import Random
 
 import pytest
+from compacted import compact
 from hostile import NAMES
 from stores import TINY, abandon_all, disk_of, new_store, open_store, put, reopened, write_image
 
 from imgfs import replies
 from imgfs.acts import Acts, Manner
-from imgfs.disk import WouldBlock
-from imgfs.errors import Damaged, NotADirectory, Stale
+from imgfs.disk import Buffer, WouldBlock
+from imgfs.errors import Damaged, DiskFailure, NotADirectory, Stale
 from imgfs.format import slot_of
+from imgfs.index import Names, index_paths
 from imgfs.layout import Word
-from imgfs.listing import _STRETCH_STEP, CHILDREN_MIN, Page
+from imgfs.listing import CHILDREN_MIN, Page, _Stretch
 from imgfs.store import ROOT, Store
+from imgfs.volumes import OpenVolume
 
 ANSWER_BYTES = 4096
+DEADLINE_S = 60
 LARGE = dataclasses.replace(TINY, volume_bytes_max=1 << 30)
 
 
@@ -235,6 +241,23 @@ def test_a_change_between_reading_and_the_end_does_not_count(monkeypatch: pytest
     assert (tries, len(page.keys)) == (3, 42)
 
 
+def test_a_directory_that_is_emptied_meanwhile_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled(CHILDREN_MIN)
+    buckets = store._table.buckets
+    children_of = buckets.children
+
+    def emptied(directory: int) -> int:
+        monkeypatch.undo()
+        before = children_of(directory)
+        for name in [entry.name for entry in store.list(ROOT)]:
+            store.unlink(ROOT, name)
+        return before
+
+    monkeypatch.setattr(buckets, "children", emptied)
+    assert taken(store) is None
+    assert not list(store.list(ROOT))
+
+
 @pytest.mark.parametrize("lie", [b"\x01/", b"\x01\0", b"\x01.", b"\x00x", b"\xff5"])
 def test_a_name_that_is_none_is_looked_at(lie: bytes) -> None:
     store = filled()
@@ -248,6 +271,17 @@ def test_a_name_that_is_none_is_looked_at(lie: bytes) -> None:
     if lie[0] <= 1:
         with pytest.raises(Damaged):
             list(store.list(ROOT))
+
+
+@pytest.mark.parametrize("left_bytes", [0, 16, 50, -1])
+def test_names_that_are_cut_are_looked_at(left_bytes: int) -> None:
+    store = filled()
+    disk = disk_of(store)
+    path = next(path for path in disk.paths() if path.endswith(".names"))
+    disk.set_content(path, disk.content(path)[:left_bytes])
+    assert taken(store) is None
+    with pytest.raises(Damaged):
+        list(store.list(ROOT))
 
 
 def test_no_directory() -> None:
@@ -292,7 +326,7 @@ def test_names_are_read_once_and_forgotten_when_the_listing_is_over(monkeypatch:
         put(store, ROOT, b"%0200d" % number)
     reads = Reads(store, monkeypatch)
     assert len(entries(store)) == 3000
-    assert reads.sizes == [-(-201 * 3000 // _STRETCH_STEP) * _STRETCH_STEP]
+    assert reads.sizes == [store._memory.words[Word.NAMES_END]]
     store.forget_listings()  # of what was listed since the last time, nothing
     store.page(ROOT, 0, 10)
     assert len(reads.sizes) == 1
@@ -300,6 +334,42 @@ def test_names_are_read_once_and_forgotten_when_the_listing_is_over(monkeypatch:
     store.forget_listings()
     store.page(ROOT, 0, 10)
     assert len(reads.sizes) == 2
+
+
+def test_many_who_wait_for_the_same_names_read_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled()
+    names = store._volumes.get(0).names
+    read, reads, began, go_on = names.stretch, 0, threading.Event(), threading.Event()
+
+    def slow(offset: int, size: int, *, nowait: bool = False) -> bytes:
+        nonlocal reads
+        reads += 1
+        began.set()
+        assert go_on.wait(DEADLINE_S)
+        return read(offset, size, nowait=nowait)
+
+    monkeypatch.setattr(names, "stretch", slow)
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(len(entries(store)))) for _ in range(4)]
+    threads[0].start()
+    assert began.wait(DEADLINE_S)
+    kept_of, looked = store._listing._kept, threading.Semaphore(0)
+
+    def looks(names: Names, first: int, last: int) -> _Stretch | None:
+        kept = kept_of(names, first, last)
+        looked.release()
+        return kept
+
+    monkeypatch.setattr(store._listing, "_kept", looks)
+    for thread in threads[1:]:
+        thread.start()
+        assert looked.acquire(timeout=DEADLINE_S)
+    go_on.set()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+    assert found == [40] * 4
+    assert reads == 1
 
 
 def test_who_must_not_wait_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,6 +385,25 @@ def test_names_that_came_since_are_read(monkeypatch: pytest.MonkeyPatch) -> None
     write_image(store, ROOT, b"one more")
     assert b"one more" in {name for *_, name in entries(store)}
     assert entries(store) == list(store.list(ROOT))
+
+
+def test_a_name_whose_append_failed_is_not_that_of_what_comes_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled()
+    disk = disk_of(store)
+    write = disk.write
+
+    def fail_behind_the_name(file: int, offset: int, buffers: Sequence[Buffer]) -> None:
+        write(file, offset, buffers)
+        if bytes(buffers[0]) == b"\x05wrong":
+            assert len(entries(store)) == 40
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(disk, "write", fail_behind_the_name)
+    with pytest.raises(DiskFailure):
+        put(store, ROOT, b"wrong")
+    put(store, ROOT, b"right")
+    assert entries(store) == list(store.list(ROOT))
+    assert b"right" in {name for *_, name in entries(store)}
 
 
 def test_names_far_from_each_other_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,6 +439,40 @@ def test_a_volume_that_is_gone_is_looked_for(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(store._volumes, "get", stale)
     assert taken(store) is None
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_row_of_a_volume_may_be_anothers_meanwhile(monkeypatch: pytest.MonkeyPatch, cut: bool) -> None:
+    """It was compacted between table and names, and the store went on in its row."""
+    store = new_store()
+    directory = store.mkdir(ROOT, b"directory", 0o755, 0, 0)
+    for number in range(40):
+        put(store, directory, b"%02d" % number)
+    put(store, ROOT, b"fills", bytes(TINY.volume_bytes_max - 20_000))
+    put(store, ROOT, b"in the next", bytes(30_000))
+    before = entries(store, directory)
+    store.forget_listings()
+    store.forget_listings()
+    get = store._volumes.get
+
+    def compacted(row: int) -> OpenVolume:
+        monkeypatch.setattr(store._volumes, "get", get)
+        assert store._volumes.rows(sealed=True) == [row]
+        compact(store, [row])
+        while store._memory.words[Word.ACTIVE] != row:
+            put(store, ROOT, b"fills", bytes(30_000))
+        for number in range(100):
+            put(store, ROOT, b"of others %d" % number, b"")
+        assert store._memory.words[Word.ACTIVE] == row
+        if cut:  # they are read one by one, and none is found
+            monkeypatch.setattr("imgfs.listing._STRETCHES_BYTES_MAX", 0)
+            disk_of(store).set_content(index_paths(get(row).volume.path).names, b"")
+        return get(row)
+
+    monkeypatch.setattr(store._volumes, "get", compacted)
+    assert store.page(directory, 0, 100) is None
+    monkeypatch.undo()
+    assert entries(store, directory) == before == list(store.list(directory))
 
 
 def test_the_slot_of_a_directory_may_be_anothers_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
