@@ -34,12 +34,15 @@ from imgfs.device import Device
 from imgfs.disk import Buffer, WouldBlock
 from imgfs.errors import MountFailed
 from imgfs.late import Express, LateRequests, Unsynced
+from imgfs.processors import Processors
 from imgfs.replies import Reply
 from imgfs.requests import TASKS_MAX, Request, Requests, Result
 
 T = TypeVar("T")
 
 _MOMENT_MS = 1
+# Where a processor is to spare a worker stays awake for so long: to sleep and be woken takes as long as an answer.
+_AWAKE_NS = 60_000
 # Requests that are taken in a row before all other tasks get their turn.
 _IN_A_ROW = 32
 # Whoever was woken for a request that another worker took sleeps: this long, then twice that, so often. A client that
@@ -162,6 +165,7 @@ class Desk:
         self._late: LateRequests | None = None
         self._in_a_row = 0
         self._poll = select.poll()
+        self._processors = Processors()
         # The end that libfuse takes for the device until INIT is answered, and ours.
         self._theirs, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._took_over = False
@@ -177,6 +181,7 @@ class Desk:
         """Free what a desk has that nobody serves from."""
         self._theirs.close()
         self._ours.close()
+        self._processors.close()
         os.close(self._handed)
 
     def serve_late_in(self, nursery: trio.Nursery) -> None:
@@ -340,13 +345,23 @@ class Desk:
                 raise
             return 0
 
-    def _watch(self, patience_ms: int) -> bool:
-        """Return whether there is a request; wait for it unless another worker does."""
+    def _watch(self, patience_ms: int, *, alone: bool) -> bool:
+        """Return whether there is a request; wait for it unless another worker does.
+
+        One who asks *alone*, now and before, is answered by somebody awake, where that takes nothing from others.
+        """
         words = self._board.words
         if words[WATCHER] not in (0, self._number):
             return bool(self._poll.poll(0))
         words[WATCHER] = self._number
-        found = self._poll.poll(patience_ms)
+        poll = self._poll.poll
+        found = None
+        if alone and patience_ms and self._processors.spare():
+            awake_ns = time.monotonic_ns() + _AWAKE_NS
+            while not (found := poll(0)) and time.monotonic_ns() < awake_ns:
+                pass
+        if not found:
+            found = poll(patience_ms)
         words[WATCHER] = 0
         return bool(found)
 
@@ -360,6 +375,7 @@ class Desk:
         seat = self._seats[trio.lowlevel.current_task()]
         row, requests, buffer, answer = seat.row, self._requests, self._buffer, self.express.answer
         shared, ours, late = self._board.words, self._post.words, self._late
+        thread, alone = 0, False
         expected = False  # behind one request there mostly is another, and to poll costs as much as to read
         while self._in_a_row < _IN_A_ROW:
             self._in_a_row += 1
@@ -370,7 +386,7 @@ class Desk:
                     expected = self._watch_until(late.due_ns)
                     if not expected:
                         continue
-            if not expected and not self._watch(patience_ms):
+            if not expected and not self._watch(patience_ms, alone=alone):
                 return _Came.NOTHING
             # In this order: who shuts the gate sees that we read, or we see that it is shut.
             ours[READING_SINCE_NS] = time.monotonic_ns()
@@ -393,6 +409,8 @@ class Desk:
             if head[1] in wire.UNANSWERED:
                 ours[READING_SINCE_NS] = 0
                 continue
+            if head[6]:  # nobody in particular asks to release what was closed
+                alone, thread = head[6] == thread, head[6]
             request = wire.identify(head, raw)
             requests.begin(row, request)
             self._post.took()
