@@ -39,12 +39,12 @@ BUCKETS_MAX = 1 << HASH_BITS
 _ONE_BUCKET_MAX = 2 * _LOAD  # below this the directory's own record holds its only bucket
 # Only a reader that overtakes a writer can walk further; the sequence counter makes it start again.
 _CHAIN_MAX = 1 << 20
-_REVERSED_BYTE = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
+REVERSED_BYTE = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
 def reversed_hash(value: int) -> int:
     """Return the 24 bits of *value* in reverse."""
-    table = _REVERSED_BYTE
+    table = REVERSED_BYTE
     return table[value & 0xFF] << 16 | table[value >> 8 & 0xFF] << 8 | table[value >> 16]
 
 
@@ -91,7 +91,7 @@ class Buckets:
         """Return how many children *directory* has."""
         return self._u32(record_at(directory) + AT_CHILDREN)
 
-    def _head(self, directory: int, buckets: int, bucket: int) -> int:
+    def head(self, directory: int, buckets: int, bucket: int) -> int:
         """Return where the head of *bucket* lies in the mapping."""
         at = record_at(directory) + AT_BUCKETS
         if buckets == 1:
@@ -114,7 +114,7 @@ class Buckets:
         """Return the slots of the children of *directory* whose name hash is *value*."""
         buckets = bucket_count(self.children(directory))
         u32_of, mapping = _U32.unpack_from, self._map
-        (reference,) = u32_of(mapping, self._head(directory, buckets, bucket_of(value, buckets)))
+        (reference,) = u32_of(mapping, self.head(directory, buckets, bucket_of(value, buckets)))
         found: list[int] = []
         # As `_chain` goes, written out: every lookup comes here.
         for _ in range(_CHAIN_MAX):
@@ -135,7 +135,7 @@ class Buckets:
         if not children:
             return len(values)
         buckets = bucket_count(children)
-        start = self._head(directory, buckets, 0)
+        start = self.head(directory, buckets, 0)
         mask = (1 << buckets.bit_length()) - 1
         u32_of, mapping = _U32.unpack_from, self._map
         for place, value in enumerate(values):
@@ -162,7 +162,7 @@ class Buckets:
             group = [low] if low + (1 << bits) >= buckets else [low, low + (1 << bits)]
             found = []
             for bucket in group:
-                for slot in self._chain(self._head(directory, buckets, bucket)):
+                for slot in self._chain(self.head(directory, buckets, bucket)):
                     place = reversed_hash(self.hash_of(slot)) << 32 | slot + 1
                     if place > position:
                         found.append((place, slot))
@@ -179,7 +179,7 @@ class Buckets:
         buckets = bucket_count(count + 1)
         if buckets > bucket_count(count):
             self._split(directory, buckets - 1)
-        head = self._head(directory, buckets, bucket_of(self.hash_of(slot), buckets))
+        head = self.head(directory, buckets, bucket_of(self.hash_of(slot), buckets))
         put, u32 = self._memory.put, _U32.pack
         put(LINKS_AT + LINK_BYTES * slot, self._map[head : head + BUCKET_BYTES])
         put(head, u32(slot + 1))
@@ -195,7 +195,7 @@ class Buckets:
         buckets = bucket_count(children)
         for number in range(bucket_count(count), buckets):
             self._split(directory, number)
-        start = self._head(directory, buckets, 0)
+        start = self.head(directory, buckets, 0)
         mask = (1 << buckets.bit_length()) - 1
         for slot, value in enumerate(values, first):
             bucket = value & mask
@@ -209,7 +209,7 @@ class Buckets:
         """Take the child *slot* out of *directory*."""
         count = self.children(directory)
         buckets = bucket_count(count)
-        link = self._head(directory, buckets, bucket_of(self.hash_of(slot), buckets))
+        link = self.head(directory, buckets, bucket_of(self.hash_of(slot), buckets))
         u32_of, mapping = _U32.unpack_from, self._map
         # As in `find`.
         for _ in range(_CHAIN_MAX):
@@ -231,8 +231,8 @@ class Buckets:
         """Go from *buckets* to one more: move to the new one what belongs there."""
         self._resize(directory, buckets, buckets + 1)
         bits = buckets.bit_length()
-        link = self._head(directory, buckets + 1, buckets & ((1 << (bits - 1)) - 1))
-        new_link = self._head(directory, buckets + 1, buckets)
+        link = self.head(directory, buckets + 1, buckets & ((1 << (bits - 1)) - 1))
+        new_link = self.head(directory, buckets + 1, buckets)
         moved = {slot: self.hash_of(slot) & ((1 << bits) - 1) == buckets for slot in self._chain(link)}
         for slot, moves in moved.items():
             target = new_link if moves else link
@@ -247,10 +247,10 @@ class Buckets:
 
     def _merge(self, directory: int, buckets: int) -> None:
         """Go from *buckets* + 1 to *buckets*: put the records of the last one behind those it was split off."""
-        last = self._head(directory, buckets + 1, buckets)
+        last = self.head(directory, buckets + 1, buckets)
         first = self._u32(last)
         if first:
-            link = self._head(directory, buckets + 1, buckets & ((1 << (buckets.bit_length() - 1)) - 1))
+            link = self.head(directory, buckets + 1, buckets & ((1 << (buckets.bit_length() - 1)) - 1))
             for slot in self._chain(link):
                 link = LINKS_AT + LINK_BYTES * slot
             self._memory.put_u32(link, first)

@@ -131,7 +131,7 @@ class Images:
             record = self.record(inode)
             if record.kind == Kind.DIRECTORY:
                 raise IsADirectory("a directory has no bytes to read")
-            if record.flags & (Flag.STAGED | Flag.UNBORN):
+            if record.flags & _WRITTEN:
                 return
             try:
                 self.whole(inode, record, nowait=nowait, fresh=True)
@@ -186,7 +186,7 @@ class Images:
         """
         while True:
             record = self.record(inode)
-            if record.flags & (Flag.STAGED | Flag.UNBORN):
+            if record.flags & _WRITTEN:
                 number = self._staging.find(inode)
                 if number >= 0:
                     entry = self._staging.look(number)

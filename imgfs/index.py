@@ -149,13 +149,13 @@ class Names:
 
     def stretch(self, offset: int, size: int, *, nowait: bool = False) -> bytes:
         """Return up to *size* bytes from *offset* on, fewer where the names end; WouldBlock as Disk.read."""
-        end, data = offset + size, b""
-        in_file = end if not self._tail else min(end, self._tail_start)
-        if self._file is not None and offset < in_file:
-            data = self._disk.read(self._file, offset, in_file - offset, nowait=nowait)
-        if self._tail and offset + len(data) >= self._tail_start:
-            at = max(offset, self._tail_start) - self._tail_start
-            data += self._tail[at : max(end - self._tail_start, at)]
+        in_file = max(self._tail_start - offset, 0) if self._tail else size
+        data = b""
+        if self._file is not None and in_file:
+            data = self._disk.read(self._file, offset, min(size, in_file), nowait=nowait)
+        if self._tail and len(data) == in_file:
+            at = max(offset - self._tail_start, 0)
+            data += self._tail[at : at + size - len(data)]
         return data
 
     def add(self, name: bytes) -> int:

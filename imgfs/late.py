@@ -91,11 +91,9 @@ class LateRequests:
 
     def put_off(self, head: wire.Head, raw: memoryview, request: Request, row: int, *, retried: bool) -> bool:
         """Take over the *request* of *row*; return whether there is room. Only if it may be *retried*, it is."""
-        if not self._free_rows:
+        own_row = self._take_over(request, row)
+        if own_row is None:
             return False
-        own_row = self._free_rows.pop()
-        self._requests.begin(own_row, request)
-        self._requests.end(row)
         now_ns = time.monotonic_ns()
         late = _Late(head, bytes(raw), own_row, now_ns, now_ns + self._usual_ns)
         if self._express.ask_disk(head) and retried:
@@ -107,11 +105,9 @@ class LateRequests:
 
     def await_sync(self, head: wire.Head, raw: memoryview, request: Request, row: int) -> bool:
         """As `put_off`, for a request that is answered when all that is done is durable."""
-        if not self._free_rows:
+        own_row = self._take_over(request, row)
+        if own_row is None:
             return False
-        own_row = self._free_rows.pop()
-        self._requests.begin(own_row, request)
-        self._requests.end(row)
         late, token = _Late(head, bytes(raw), own_row, 0, 0), self._token
 
         def told(error: Exception | None) -> None:
@@ -123,6 +119,15 @@ class LateRequests:
 
         self._express.ask_sync(told)
         return True
+
+    def _take_over(self, request: Request, row: int) -> int | None:
+        """Note the *request* of *row* in one of our rows, and return that; None if all are taken."""
+        if not self._free_rows:
+            return None
+        own_row = self._free_rows.pop()
+        self._requests.begin(own_row, request)
+        self._requests.end(row)
+        return own_row
 
     def retry(self) -> None:
         """Answer those that the disk has meanwhile given what they wait for; who waits for long gets a thread."""

@@ -2,12 +2,13 @@
 
 Owns their bytes. Must not know what is in the store.
 
-*Concurrency:* none.
+*Concurrency:* none, but for who holds the lock of a store in a thread of its own.
 """
 
 import os
 import stat
 import struct
+import threading
 
 from imgfs.acts import Acts, Manner
 from imgfs.board import Board
@@ -90,3 +91,27 @@ class Door:
 
     def fsync(self, handle: int) -> Reply | None:
         return self.ask(Opcode.FSYNC, 0, struct.pack("<QII", handle, 0, 0))
+
+
+class Held:
+    """Another thread has the lock of *store*."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._done = threading.Event()
+
+    def __enter__(self) -> None:
+        holds = threading.Event()
+
+        def hold() -> None:
+            with self._store.lock():
+                holds.set()
+                self._done.wait(60)
+
+        self._thread = threading.Thread(target=hold)
+        self._thread.start()
+        assert holds.wait(60)
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from door import PID, ROW, Door
+from door import PID, ROW, Door, Held
 from mounted import WORKER_DEATHS, Mounted
 from stores import TINY, content, disk_of, names, new_store, put
 
@@ -61,17 +61,7 @@ def test_what_somebody_else_holds_up_is_left_undone(door: Door) -> None:
     assert created is not None
     inode, handle = created
     assert door.write(handle, b"old") is not None
-    holds, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with door.store.lock():
-            holds.set()
-            done.wait(60)
-
-    holding = threading.Thread(target=hold)
-    holding.start()
-    try:
-        assert holds.wait(60)
+    with Held(door.store):
         assert door.create(b"other") is None
         assert door.write(handle, b"new") is None
         assert door.flush(handle) is None
@@ -80,9 +70,6 @@ def test_what_somebody_else_holds_up_is_left_undone(door: Door) -> None:
         reading = door.open(inode)
         assert reading is not None, "reading takes no lock"
         assert door.read(reading, 0, 9) == b"old"
-    finally:
-        done.set()
-        holding.join()
     assert names(door.store) == {b"image"}
 
 
@@ -98,26 +85,12 @@ async def test_who_waits_behind_a_change_in_a_thread_needs_none(door: Door) -> N
         door.desk._came_back()  # it is a task of pyfuse3's
         await door.calls.change(change, number)
 
-    holds, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with door.store.lock():
-            holds.set()
-            done.wait(60)
-
-    holding = threading.Thread(target=hold)
-    holding.start()
-    try:
-        assert holds.wait(60)
-        async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery:
+        with Held(door.store):
             for number in range(3):
                 nursery.start_soon(handle, number)
                 await trio.testing.wait_all_tasks_blocked()
             assert ran == []
-            done.set()
-    finally:
-        done.set()
-        holding.join()
     assert ran == [(0, False), (1, True), (2, True)]
 
 

@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from door import Held
 from mounted import WORKER_DEATHS, Mounted, wait_until
 from stores import disk_of, new_store, put, write_image
 
@@ -103,7 +104,7 @@ def test_what_is_being_written_is_not_seen_so(kernel: Kernel) -> None:
 def test_nobody_waits_to_give(kernel: Kernel) -> None:
     inode = put(kernel.store, ROOT, b"image", DATA)
     kernel.store.release(kernel.store.open_image(inode))  # the first handle of a process takes the lock
-    with _Held(kernel.store):
+    with Held(kernel.store):
         handle = kernel.open(inode)
     assert kernel.given == []
     assert bytes(kernel.store.read(handle, 0, 99)) == DATA
@@ -112,7 +113,7 @@ def test_nobody_waits_to_give(kernel: Kernel) -> None:
 def test_who_opens_to_write_comes_after_what_is_being_given(kernel: Kernel) -> None:
     inode = put(kernel.store, ROOT, b"image", DATA)
     kernel.store.release(kernel.store.open_image(inode))
-    with _Held(kernel.store), pytest.raises(WouldBlock):
+    with Held(kernel.store), pytest.raises(WouldBlock):
         kernel.store.open_image(inode, write=True, nowait=True)
     kernel.open(inode)
     assert kernel.given == [(inode, DATA)], "the handle that was refused is not open"
@@ -160,30 +161,6 @@ def test_damage_is_not_given(kernel: Kernel) -> None:
     assert kernel.store.see(inode) is None
     with pytest.raises(ImgfsError):
         kernel.store.open_image(inode)
-
-
-class _Held:
-    """Another thread has the lock of *store*."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._done = threading.Event()
-
-    def __enter__(self) -> None:
-        holds = threading.Event()
-
-        def hold() -> None:
-            with self._store.lock():
-                holds.set()
-                self._done.wait(60)
-
-        self._thread = threading.Thread(target=hold)
-        self._thread.start()
-        assert holds.wait(60)
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
 
 
 @pytest.mark.mount
