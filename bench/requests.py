@@ -43,7 +43,8 @@ def run(site: Site, size: str) -> Result:
     without, having = (bench.counted for bench in benches)
     result.parameters["disturbed"] = sorted(what for bench in benches for what in bench.disturbed)
     for what, made in without.items():
-        same = made == having[what]
+        # A request more or less is chance: a page that the kernel forgot, a RELEASE that came late.
+        same = abs(_for_attributes(having[what]) - _for_attributes(made)) * 2 < images
         for options, counts in zip(OPTIONS[:1] if same else OPTIONS, (made, having[what]), strict=False):
             name = what if same else f"{what}, `{options}`"
             result.add(name, "", counts.total() / images)
@@ -58,6 +59,10 @@ def run(site: Site, size: str) -> Result:
         "directory is in the sum. FORGET, which takes no answer, is left out. New to the kernel: just mounted."
     )
     return result
+
+
+def _for_attributes(made: Counter[str]) -> int:
+    return sum(count for handler, count in made.items() if handler.endswith("xattr"))
 
 
 def _caches_dropped() -> str:
