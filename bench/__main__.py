@@ -18,7 +18,20 @@ from bench.targets import summary_table
 from bench.watch import note_interrupts
 
 # In the order in which they run.
-BENCHES = ("requests", "hot", "web", "copying", "ingest", "cold", "listing", "space", "reclaim", "start", "memory")
+BENCHES = (
+    "requests",
+    "hot",
+    "awake",
+    "web",
+    "copying",
+    "ingest",
+    "cold",
+    "listing",
+    "space",
+    "reclaim",
+    "start",
+    "memory",
+)
 # Quick results are for whoever runs them; those of full size are kept, and stand in docs/performance.md.
 DIRECTORIES = {"tiny": RESULTS / "tiny", "quick": RESULTS / "quick", "full": RESULTS}
 

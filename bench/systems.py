@@ -172,6 +172,7 @@ class Imgfs(Served):
 
     name = "imgfs"
     workers: ClassVar[int | None] = None
+    options: ClassVar[str] = ""
 
     def __init__(self, site: Site, disk: XfsDisk) -> None:
         super().__init__(site, disk)
@@ -181,8 +182,8 @@ class Imgfs(Served):
         raise NotImplementedError
 
     def mount(self) -> None:
-        workers = () if self.workers is None else ("--workers", str(self.workers))
-        self._server = self.site.serve(self.store, "imgfs", *workers)
+        workers = "" if self.workers is None else f"workers={self.workers}"
+        self._server = self.site.serve(self.store, "imgfs", "-o", f"{self.options},{workers}")
 
     def load(self, source: Path) -> None:
         self.unmount()
@@ -205,6 +206,11 @@ class Imgfs(Served):
 class ImgfsOneWorker(Imgfs):
     name = "imgfs, 1 worker"
     workers = 1
+
+
+class ImgfsNoawake(Imgfs):
+    name = "imgfs, noawake"
+    options = "noawake"
 
 
 class ImgfsTwoWorkers(Imgfs):

@@ -18,7 +18,6 @@ import contextlib
 import enum
 import errno
 import os
-import select
 import socket
 import time
 from collections.abc import Callable
@@ -29,20 +28,18 @@ import pyfuse3
 import trio
 
 from imgfs import wire
+from imgfs.awake import PATIENCE_S, Awake
 from imgfs.board import PAUSE, READING_SINCE_NS, WATCHER, Board
 from imgfs.device import Device
 from imgfs.disk import Buffer, WouldBlock
 from imgfs.errors import MountFailed
 from imgfs.late import Express, LateRequests, Unsynced
-from imgfs.processors import Processors
 from imgfs.replies import Reply
 from imgfs.requests import TASKS_MAX, Request, Requests, Result
 
 T = TypeVar("T")
 
 _MOMENT_MS = 1
-# Where a processor is to spare a worker stays awake for so long: to sleep and be woken takes as long as an answer.
-_AWAKE_NS = 60_000
 # Requests that are taken in a row before all other tasks get their turn.
 _IN_A_ROW = 32
 # Whoever was woken for a request that another worker took sleeps: this long, then twice that, so often. A client that
@@ -144,8 +141,10 @@ class _Seat:
 class Desk:
     """The requests that one worker has in hand."""
 
-    def __init__(self, worker: int, device: Device, board: Board, requests: Requests, *, trial: bool = False) -> None:
-        """*trial*: answer INIT, raise `TrialPassed`, and touch nothing that is shared."""
+    def __init__(
+        self, worker: int, device: Device, board: Board, requests: Requests, *, trial: bool = False, awake: bool = False
+    ) -> None:
+        """*trial*: answer INIT, raise `TrialPassed`, and touch nothing that is shared. *awake*: as `Awake` wants it."""
         self.wait = _Wait()
         """Handlers that wait for a thread or a lock say so: meanwhile every task gets its turn."""
 
@@ -164,8 +163,7 @@ class Desk:
         self._late_rows = range(self._first_row + PYFUSE3_TASKS_MAX, self._first_row + TASKS_MAX)
         self._late: LateRequests | None = None
         self._in_a_row = 0
-        self._poll = select.poll()
-        self._processors = Processors()
+        self._awake = Awake(wanted=awake)
         # The end that libfuse takes for the device until INIT is answered, and ours.
         self._theirs, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._took_over = False
@@ -181,7 +179,7 @@ class Desk:
         """Free what a desk has that nobody serves from."""
         self._theirs.close()
         self._ours.close()
-        self._processors.close()
+        self._awake.close()
         os.close(self._handed)
 
     def serve_late_in(self, nursery: trio.Nursery) -> None:
@@ -225,7 +223,7 @@ class Desk:
         # request, with EIO: have them there.
         self._buffer = memoryview(bytearray(b"\xff") * (wire.max_write(reply) + wire.READ_BYTES_EXTRA))
         self._buffers = [self._buffer]
-        self._poll.register(self._fuse, select.POLLIN)
+        self._awake.listen_to(self._fuse)
         self._post.ready = True
 
     # -- one request ------------------------------------------------------------------------------------------
@@ -345,37 +343,21 @@ class Desk:
                 raise
             return 0
 
-    def _watch(self, patience_ms: int, *, alone: bool) -> bool:
-        """Return whether there is a request; wait for it unless another worker does.
-
-        One who asks *alone*, now and before, is answered by somebody awake, where that takes nothing from others.
-        """
+    def _watch(self, patience_ms: int) -> bool:
+        """Return whether there is a request; wait for it unless another worker does."""
         words = self._board.words
         if words[WATCHER] not in (0, self._number):
-            return bool(self._poll.poll(0))
+            return self._awake.look()
         words[WATCHER] = self._number
-        poll = self._poll.poll
-        found = None
-        if alone and patience_ms and self._processors.spare():
-            awake_ns = time.monotonic_ns() + _AWAKE_NS
-            while not (found := poll(0)) and time.monotonic_ns() < awake_ns:
-                pass
-        if not found:
-            found = poll(patience_ms)
+        found = self._awake.wait(patience_ms)
         words[WATCHER] = 0
-        return bool(found)
-
-    def _watch_until(self, deadline_ns: int) -> bool:
-        """Return whether there is a request; wait for it until then, which is soon."""
-        patience_s = max(0, deadline_ns - time.monotonic_ns()) / 1e9
-        return bool(select.select([self._fuse], (), (), patience_s)[0])
+        return found
 
     def _serve(self, patience_ms: int) -> _Came:
         """Answer requests until one is not for us, or none comes: the first within *patience_ms*."""
         seat = self._seats[trio.lowlevel.current_task()]
         row, requests, buffer, answer = seat.row, self._requests, self._buffer, self.express.answer
         shared, ours, late = self._board.words, self._post.words, self._late
-        thread, alone = 0, False
         expected = False  # behind one request there mostly is another, and to poll costs as much as to read
         while self._in_a_row < _IN_A_ROW:
             self._in_a_row += 1
@@ -383,10 +365,10 @@ class Desk:
                 late.retry()
                 patience_ms = self._patience_ms()
                 if not expected and late.due_ns:
-                    expected = self._watch_until(late.due_ns)
+                    expected = self._awake.wait_until(late.due_ns)
                     if not expected:
                         continue
-            if not expected and not self._watch(patience_ms, alone=alone):
+            if not expected and not self._watch(patience_ms):
                 return _Came.NOTHING
             # In this order: who shuts the gate sees that we read, or we see that it is shut.
             ours[READING_SINCE_NS] = time.monotonic_ns()
@@ -409,8 +391,7 @@ class Desk:
             if head[1] in wire.UNANSWERED:
                 ours[READING_SINCE_NS] = 0
                 continue
-            if head[6]:  # nobody in particular asks to release what was closed
-                alone, thread = head[6] == thread, head[6]
+            self._awake.asked(head[6])
             request = wire.identify(head, raw)
             requests.begin(row, request)
             self._post.took()
@@ -467,10 +448,19 @@ class Desk:
             if self._board.paused or 0 < naps <= _NAPS_MAX:
                 await trio.sleep(_NAP_S * 2 ** max(0, naps - 1))
             else:
-                await trio.lowlevel.wait_readable(self._fuse)
+                await self._wait_for_any()
                 naps = 0
             naps += 1
             patience_ms = 0
+
+    async def _wait_for_any(self) -> None:
+        """Return when there is a request; if that takes long, processors may halt meanwhile."""
+        if self._awake.keeps:
+            with trio.move_on_after(PATIENCE_S):
+                await trio.lowlevel.wait_readable(self._fuse)
+                return
+            self._awake.let_halt()
+        await trio.lowlevel.wait_readable(self._fuse)
 
 
 def at_desk(desk: Desk, operations: T) -> T:

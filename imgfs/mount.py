@@ -23,6 +23,7 @@ from imgfs.device import DEVICE, Device, Mounting
 from imgfs.errors import EXIT_OK, Busy, MountFailed
 from imgfs.handover import Handover
 from imgfs.options import MountOptions
+from imgfs.processors import waking_is_slow
 from imgfs.store import Store
 from imgfs.supervisor import Plan, Running, Supervisor
 
@@ -154,10 +155,11 @@ def _manner(options: MountOptions) -> Manner:
 def _plan(store: Store, served: _Served, device: Device, ready: Callable[[], None]) -> Plan:
     options = served.options
     manner = _manner(options)
+    keeps_awake = waking_is_slow() if options.awake is None else options.awake
     look_after = functools.partial(maintenance.maintain, store, maintenance.manner_of(options))
 
     def work(number: int, board: Board) -> None:
-        worker.work(number, worker.Common(store, device, board, manner))
+        worker.work(number, worker.Common(store, device, board, manner, keeps_awake))
 
     def state(running: Running) -> Handover:
         return Handover(

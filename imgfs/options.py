@@ -55,6 +55,9 @@ class MountOptions:
     publish_at_close: bool = False
     """Let nobody but the process that creates an image find it by name before it is closed."""
 
+    awake: bool | None = None
+    """Keep processors from halting while requests come; None: where waking one takes long, and they are few."""
+
     retention_s: float = 86_400.0
     """How long what was deleted or replaced can be restored; 0: its space comes back at once."""
 
@@ -83,7 +86,7 @@ _IGNORED_NAMES = """
 _IGNORED = frozenset(_IGNORED_NAMES.split())
 _IGNORED_WITH_VALUE = frozenset({"user", "comment", "fsname", "subtype"})
 
-_FLAGS = ("ro", "rw", "allow_other", "xattr", "noxattr")
+_FLAGS = ("ro", "rw", "allow_other", "xattr", "noxattr", "awake", "noawake")
 _VALUES = (
     *("timeout", "sync_interval", "read_ahead", "workers", "grace", "log", "publish", "asof"),
     *("retention", "compact", "compact_rate"),
@@ -149,6 +152,8 @@ def _with(options: MountOptions, item: str) -> MountOptions:
         return replace(options, allow_other=True)
     elif name in ("xattr", "noxattr"):
         return replace(options, xattrs=name == "xattr")
+    elif name in ("awake", "noawake"):
+        return replace(options, awake=name == "awake")
     elif name in ("ro", "rw"):
         return replace(options, writable=name == "rw")
     raise BadOption(_complaint(name, item))

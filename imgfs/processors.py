@@ -1,4 +1,4 @@
-"""Whether the machine has a processor to spare, so that to wait without sleeping takes it from nobody.
+"""What is known of the machine's processors: whether one is to spare, and whether to wake one takes long.
 
 Owns an open /proc/loadavg, and how often it is read. Must not know who waits for what.
 
@@ -10,6 +10,22 @@ import os
 # So many answers are given from memory before the kernel is asked again, which takes 2 us.
 _ANSWERS_EACH = 8
 _LOAD_BYTES_MAX = 128
+# What halts idle processors of a virtual machine says so here.
+_DRIVER = "/sys/devices/system/cpu/cpuidle/current_driver"
+_HALTS_SLOWLY = b"haltpoll\n"
+# To keep two of them awake keeps all of them awake.
+FEW = 8
+
+
+def waking_is_slow(driver: str = _DRIVER, count: int | None = None) -> bool:
+    """Return whether to wake a processor of this machine takes long, and they are few."""
+    if (count or os.cpu_count() or 1) > FEW:
+        return False
+    try:
+        with open(driver, "rb") as file:
+            return file.read() == _HALTS_SLOWLY
+    except OSError:
+        return False
 
 
 class Processors:

@@ -32,13 +32,15 @@ class Common(NamedTuple):
     device: Device
     board: Board
     manner: Manner
+    awake: bool = False
+    """Whether processors are kept from halting while requests come (awake.py)."""
 
 
 def work(number: int, common: Common) -> None:
     """Be worker *number*, in a process of its own; return when the mount is gone."""
     store = common.store
     store.after_fork()
-    desk = Desk(number, common.device, common.board, store.requests)
+    desk = Desk(number, common.device, common.board, store.requests, awake=common.awake)
     desk.install()
     acts, calls = Acts(store, common.manner), Calls(store, desk)
     filesystem = at_desk(desk, Filesystem(store, desk, acts, calls))
