@@ -7,6 +7,8 @@ with as many images as it is made for.
 """
 
 import functools
+import mmap
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,6 +72,10 @@ def run(site: Site, size: str) -> Result:
         "image is directory blocks, and inodes, 32 in one read: the more images are read from one mount to the next, "
         f"the more of them share these reads, as those of the row with {chosen.many_per_turn:,} do."
     )
+    result.notes.append(
+        "Nothing but one read: as many bytes as an image takes, at random places of the volumes, by processes that "
+        "open no image. What needs one read for each cannot be faster; XFS beside it is that of the rows above."
+    )
     _measure_deep(site, result, chosen)
     _measure_many(site, result, chosen)
     return result
@@ -113,11 +119,18 @@ def _measure(
         if before:
             together([functools.partial(read_files, system.directory, dealt[:before])])
         seconds, reads, read_bytes = read_cold(lineup.disk, system.directory, names, readers, _IMAGE_BYTES)
-        per_image = {"reads": reads / len(names), "kB": read_bytes / len(names) / 1000}
-        return {"images/s": len(names) / seconds, **per_image}
+        figures = {"reads": reads / len(names), "kB": read_bytes / len(names) / 1000}
+        figures["images/s"] = len(names) / seconds
+        if isinstance(system, Imgfs) and not before:
+            system.drop_caches()
+            figures["bare reads/s"] = _read_bare(system, readers, per_turn, number)
+        return figures
 
     found = lineup.take_turns(rounds, who, read)
     result.add(f"images per second, {who}", "/s", found["images/s"])
+    if "bare reads/s" in found:
+        bare = {**found["bare reads/s"], Xfs.name: found["images/s"][Xfs.name]}
+        result.add(f"nothing but one read for each, {who}", "/s", bare)
     result.add(f"disk reads per image, {who}", "", found["reads"])
     result.add(f"read from the disk per image, {who}", "kB", found["kB"])
 
@@ -151,6 +164,32 @@ def read_cold(disk: XfsDisk, top: Path, names: Sequence[str], readers: int, imag
     if sum(sizes) != len(names) * image_bytes:
         raise Failed(f"{sum(sizes)} bytes were read, not {len(names)} x {image_bytes}")
     return seconds, after[0] - before[0], after[1] - before[1]
+
+
+def _read_bare(system: Imgfs, readers: int, count: int, seed: int) -> float:
+    """Read *count* times from the volumes what an image takes, and do nothing else; return how many reads a second.
+
+    No file system that needs one read for an image can be faster.
+    """
+    blocks = -(-_IMAGE_BYTES // mmap.PAGESIZE) + 1  # an image begins anywhere in the first of them
+    chance = random.Random(seed)
+    places = [
+        (path, offset)
+        for path in sorted((system.store / VOLUMES).glob("*.vol"))
+        for offset in range(0, path.stat().st_size - blocks * mmap.PAGESIZE, blocks * mmap.PAGESIZE)
+    ]
+    chosen = [chance.choice(places) for _ in range(count)]
+
+    def read(mine: Sequence[tuple[Path, int]]) -> None:
+        files = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in dict(mine)}
+        with mmap.mmap(-1, blocks * mmap.PAGESIZE) as buffer:
+            for path, offset in mine:
+                os.preadv(files[path], [buffer], offset)
+        for file in files.values():
+            os.close(file)
+
+    seconds, _ = together([functools.partial(read, chosen[number::readers]) for number in range(readers)])
+    return count / seconds
 
 
 def _note_index(result: Result, lineup: Lineup, images: int) -> None:
