@@ -129,7 +129,7 @@ class Log(Batches):
             self._finish_seal()
             self.begin_volume()
         elif not fits and self._words[Word.ACTIVE_END] > NEEDLES_START:
-            if needle.data_size == 0 and end <= VOLUME_BYTES_LIMIT - _END_BYTES // 2 and not self._has_room(0):
+            if needle.data_size == 0 and end <= VOLUME_BYTES_LIMIT - _END_BYTES // 2 and self._room() < 0:
                 return  # the disk is full: what takes no data may still go here, so that images can be deleted
             self._seal()
             self.begin_volume()
@@ -217,11 +217,15 @@ class Log(Batches):
         if size <= self._granted_bytes and now_s < self._granted_until_s:
             self._granted_bytes -= size
             return True
-        space = self._disk.space(self._directory)
-        room = space.f_bavail * space.f_frsize - self._settings.headroom_bytes
+        room = self._room()
         plenty = room >= _PLENTY_BYTES
         self._granted_bytes, self._granted_until_s = (room // _PLENTY_PART if plenty else 0), now_s + _PLENTY_S
         return room >= size
+
+    def _room(self) -> int:
+        """Return how many bytes the disk has beyond those that deleting needs; below 0 it lacks some of these."""
+        space = self._disk.space(self._directory)
+        return space.f_bavail * space.f_frsize - self._settings.headroom_bytes
 
     def check_room(self, size: int) -> None:
         """Raise StoreFull where *size* more bytes would take the space that deleting needs."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from imgfs import handover, logs, maintenance, mountpoint, worker
+from imgfs import handover, heap, logs, maintenance, mountpoint, worker
 from imgfs.acts import Manner
 from imgfs.background import in_background
 from imgfs.board import Board
@@ -73,6 +73,7 @@ def _serve(
     _check_fuse(options)
     path = mountpoint.prepare(mountpoint_path, store_path)
     _raise_file_limit()
+    heap.give_back()
     with _open(store_path, options) as store:
         _log_recovery(store)
         device = Device.mount(_mounting(store, path, options))
@@ -113,6 +114,7 @@ def take_over(state: Handover) -> int:
         logs.to_background(state.options.log and os.path.abspath(state.options.log))
     else:
         logs.to_stderr()
+    heap.give_back()
     device = Device(state.device, state.init)
     served = _Served(
         state.store_path, state.path, state.options, state.in_background, state.device_number, state.status

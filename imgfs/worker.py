@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pyfuse3
 import trio
 
+from imgfs import heap
 from imgfs.acts import Acts, Manner
 from imgfs.board import Board
 from imgfs.calls import Calls
@@ -38,6 +39,7 @@ class Common(NamedTuple):
 
 def work(number: int, common: Common) -> None:
     """Be worker *number*, in a process of its own; return when the mount is gone."""
+    heap.keep()
     store = common.store
     store.after_fork()
     desk = Desk(number, common.device, common.board, store.requests, awake=common.awake)

@@ -99,6 +99,20 @@ def test_a_full_disk_refuses_images_and_lets_them_be_deleted() -> None:
     store.close()
 
 
+def test_a_disk_that_was_empty_a_moment_ago_still_lets_images_go(store: Store) -> None:
+    """What was granted then must not have a full volume sealed, for the next one would find no room to begin."""
+    disk = disk_of(store)
+    put(store, ROOT, b"a", b"bytes")
+    (path,) = (path for path in disk.paths() if path.endswith(".vol"))
+    put(store, ROOT, b"b", b"x" * (TINY.volume_bytes_max - len(disk.content(path)) - 200))
+    assert store.counts().volumes == 1, "nothing more fits into this one, not even a tombstone"
+    disk.capacity_bytes = disk._used_bytes() + 1000
+    store.unlink(ROOT, b"a")
+    assert names(store) == {b"b"}
+    assert store.counts().volumes == 1
+    store.close()
+
+
 def test_what_lacks_a_write_never_replaces_the_old_image() -> None:
     """A program that goes on after ENOSPC, and finds room again before it closes, would leave half an image."""
     store = new_store(disk=SimulatedDisk(400 * KIB))
