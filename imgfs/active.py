@@ -122,6 +122,7 @@ class Active:
         self._words = table.memory.words
         self._volume: Volume | None = None
         self._entry = -1
+        self._gone = 0  # volumes that were removed when we last looked: their rows may be others' by now
         self._records_file = -1
         self._names_file = -1
         # The rows of requests and the one in hand, and what is told of a staging entry that a needle holds now.
@@ -161,17 +162,20 @@ class Active:
     @property
     def volume(self) -> Volume:
         """The active volume, which another process may have begun."""
-        if self._volume is None or self._entry != self._words[Word.ACTIVE]:
+        words = self._words
+        if self._volume is None or self._entry != words[Word.ACTIVE] or self._gone != words[Word.VOLUMES_GONE]:
             self._follow()
         assert self._volume is not None
         return self._volume
 
     def _follow(self) -> None:
-        """Open the files of the volume that is active now."""
+        """Open the files of the volume that is active now, unless they are open."""
+        entry, self._gone = self._words[Word.ACTIVE], self._words[Word.VOLUMES_GONE]
+        volume_id = self._table.volume(entry).volume_id
+        if self._volume is not None and self._entry == entry and self._volume.header.volume_id == volume_id:
+            return
         self._release_files()
-        entry = self._words[Word.ACTIVE]
-        path = volume_path(self._directory, self._table.volume(entry).volume_id)
-        self._activate(Volume.open(self._disk, path, writable=True), entry)
+        self._activate(Volume.open(self._disk, volume_path(self._directory, volume_id), writable=True), entry)
 
     def _activate(self, volume: Volume, entry: int, paths_of: str | None = None) -> None:
         paths = index_paths(paths_of or volume.path)

@@ -56,6 +56,38 @@ def test_both_append_and_follow_each_other_to_the_next_volume() -> None:
             assert not again.report.damage
 
 
+def test_who_wrote_last_before_its_volume_was_removed_writes_into_the_one_that_has_its_row() -> None:
+    """Else what it is told to keep would go into a file without a name, and be lost."""
+    with new_store() as store:
+        other = attached(store)
+        put(other, ROOT, b"first")
+        row, first = store._memory.words[Word.ACTIVE], store._table.volume(store._memory.words[Word.ACTIVE]).volume_id
+        other.unlink(ROOT, b"first")
+        for _ in range(100):
+            for number in range(4):
+                put(store, ROOT, b"%d" % number, b"x" * 4 * KIB)
+            for number in range(4):
+                store.unlink(ROOT, b"%d" % number)
+            reclaimer = store.reclaimer()
+            for group in reclaimer.worthwhile(reclaimer.survey())[:1]:
+                reclaimer.compact(group)
+            if store._memory.words[Word.ACTIVE] == row and store._table.volume(row).volume_id != first:
+                break
+        else:
+            pytest.fail("the row is not used again")
+        put(other, ROOT, b"late", b"bytes" * 100)
+        put(store, ROOT, b"later")
+        for each in (store, other):
+            assert content(each, each.lookup(ROOT, b"late")) == b"bytes" * 100
+            assert names(each) == {b"late", b"later"}
+        other.sync()
+        other.leave()
+        with on_disk(store) as again:
+            assert names(again) == {b"late", b"later"}
+            assert content(again, again.lookup(ROOT, b"late")) == b"bytes" * 100
+            assert not again.report.damage
+
+
 def test_it_takes_the_lock_over() -> None:
     with new_store() as store:
         lock = store.lock_descriptor
