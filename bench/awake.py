@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.commands import run as run_command
 from bench.lineup import Lineup, line_up
-from bench.measure import read_for, timed, together, warm_up
+from bench.measure import reads_per_second, timed
 from bench.result import OURS, Result
 from bench.site import Site
 from bench.systems import Bindfs, Imgfs, ImgfsNoawake, Passthrough, System, Xfs
@@ -79,13 +79,7 @@ def _turn(lineup: Lineup, source: Path, chosen: _Size, system: System, number: i
 def _figures(
     lineup: Lineup, source: Path, tree: Path, chosen: _Size, system: System, number: int
 ) -> Iterator[tuple[str, Callable[[], float]]]:
-    def read() -> float:
-        warm_up(system.directory, lineup.names)
-        job = functools.partial(read_for, system.directory, lineup.names, chosen.window_s, number)
-        seconds, counts = together([job])
-        return sum(counts) / seconds
-
-    yield _READ, read
+    yield _READ, lambda: reads_per_second(system.directory, lineup.names, chosen.window_s, 1, number)
     yield _COPIED, lambda: chosen.images / timed(lambda: run_command("cp", "-r", source, tree))
     yield _REMOVED, lambda: chosen.images / timed(lambda: run_command("rm", "-rf", tree))
 

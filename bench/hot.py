@@ -1,10 +1,9 @@
 """Hot reads: open, read and close of images that are in memory, by one client and by four."""
 
-import functools
 from dataclasses import dataclass
 
 from bench.lineup import ALL, Lineup, line_up
-from bench.measure import read_for, together, warm_up
+from bench.measure import reads_per_second
 from bench.result import OURS, Result
 from bench.site import Site
 from bench.systems import Imgfs, ImgfsAsItComes, ImgfsOneWorker, ImgfsTwoWorkers, System
@@ -57,13 +56,7 @@ def _measure(result: Result, lineup: Lineup, clients: int, chosen: _Size) -> Non
     def read(system: System, number: int) -> dict[str, float]:
         if isinstance(system, Imgfs) and not isinstance(system, kinds):
             return {}
-        warm_up(system.directory, lineup.names)
-        jobs = [
-            functools.partial(read_for, system.directory, lineup.names, chosen.window_s, number * clients + client)
-            for client in range(clients)
-        ]
-        seconds, counts = together(jobs)
-        return {"/s": sum(counts) / seconds}
+        return {"/s": reads_per_second(system.directory, lineup.names, chosen.window_s, clients, number)}
 
     samples = lineup.take_turns(chosen.rounds, f"{clients} clients", read)["/s"]
     ours = {kind: samples.pop(kind.name) for kind in kinds}

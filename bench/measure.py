@@ -105,6 +105,14 @@ def read_for(top: Path, names: Sequence[str], seconds: float, seed: int) -> int:
     return done
 
 
+def reads_per_second(top: Path, names: Sequence[str], seconds: float, clients: int, number: int) -> float:
+    """Return how many of the files *names* so many *clients* read in a second, all in memory: round *number*."""
+    warm_up(top, names)
+    jobs = [functools.partial(read_for, top, names, seconds, number * clients + client) for client in range(clients)]
+    taken, counts = together(jobs)
+    return sum(counts) / taken
+
+
 def timed(call: Callable[[], object]) -> float:
     """Return how many seconds *call* takes."""
     start = time.perf_counter()

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mounted import WORKER_DEATHS, Mounted, wait_until
 
 from imgfs.awake import _LOOK_NS, _WAITS, DEVICE, Awake
 from imgfs.options import parse
 from imgfs.processors import FEW, Processors, waking_is_slow
-from tests.mounted import WORKER_DEATHS, Mounted, wait_until
 
 HALTS_SLOWLY = "haltpoll\n"
 
