@@ -121,11 +121,13 @@ class Listing:
         self._used: set[Names] = set()
         self._reading = threading.Lock()
 
-    def forget(self) -> None:
-        """Free the names that nobody listed since this was called last."""
-        if self._stretches:
-            used, self._used = self._used, set()
-            self._stretches = {names: kept for names, kept in list(self._stretches.items()) if names in used}
+    def forget(self) -> bool:
+        """Free the names that nobody listed since this was called last; return whether these were the last."""
+        if not self._stretches:
+            return False
+        used, self._used = self._used, set()
+        self._stretches = {names: kept for names, kept in list(self._stretches.items()) if names in used}
+        return not self._stretches
 
     def page(self, directory: int, after: int, count: int, *, nowait: bool = False) -> Page | None:
         """Return some *count* of the entries of slot *directory*, which is one, whose keys are above *after*.

@@ -246,9 +246,9 @@ class View:
         self._directory(directory)  # still: it was not another's slot meanwhile
         return page
 
-    def forget_listings(self) -> None:
-        """Free what `page` keeps of directories that were not listed since this was called last."""
-        self._listing.forget()
+    def forget_listings(self) -> bool:
+        """Free what `page` keeps of directories that were not listed since this was called last; if all, say so."""
+        return self._listing.forget()
 
     def parent(self, inode: int) -> int:
         """Return the directory that *inode* lies in, of several one; the root lies in itself."""

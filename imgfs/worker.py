@@ -82,5 +82,6 @@ async def _serve(desk: Desk, common: Common, number: int) -> None:
 async def _beat(common: Common, number: int) -> None:
     while True:
         common.board.posts[number].beat_ns = time.monotonic_ns()
-        common.store.forget_listings()
+        if common.store.forget_listings():
+            heap.trim()
         await trio.sleep(BEAT_S)

@@ -16,6 +16,7 @@ for _ in range(2):
         arrays.append(numpy.ones((size + 1) << 16, "u1"))
         small.append(bytearray(2000))
     del arrays
+{last}
 print(process_memory()["RssAnon"] - before)
 """
 # Takes and frees what a request for a large image takes; says how many pages the kernel had to find for the last ones.
@@ -32,8 +33,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 PAGES = (3 << 20) // 4096
 
 
-def said(program: str, first: str) -> int:
-    command = [sys.executable, "-c", program.format(first=first)]
+def said(program: str, first: str, last: str = "") -> int:
+    command = [sys.executable, "-c", program.format(first=first, last=last)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -46,3 +47,8 @@ def test_large_blocks_go_back_at_once_where_they_are_rare() -> None:
 def test_who_serves_finds_what_the_last_request_has_freed() -> None:
     assert said(FAULTS, "heap.give_back(); heap.keep()") < PAGES
     assert said(FAULTS, "heap.give_back()") > 30 * PAGES
+
+
+def test_what_was_kept_goes_back_when_it_is_needed_no_more() -> None:
+    kept = said(LEFT, "heap.give_back(); heap.keep()")
+    assert said(LEFT, "heap.give_back(); heap.keep()", "heap.trim()") < kept - (1 << 20)

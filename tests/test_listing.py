@@ -327,11 +327,12 @@ def test_names_are_read_once_and_forgotten_when_the_listing_is_over(monkeypatch:
     reads = Reads(store, monkeypatch)
     assert len(entries(store)) == 3000
     assert reads.sizes == [store._memory.words[Word.NAMES_END]]
-    store.forget_listings()  # of what was listed since the last time, nothing
+    assert not store.forget_listings()  # of what was listed since the last time, nothing
     store.page(ROOT, 0, 10)
     assert len(reads.sizes) == 1
-    store.forget_listings()
-    store.forget_listings()
+    assert not store.forget_listings()
+    assert store.forget_listings()
+    assert not store.forget_listings()  # there is nothing
     store.page(ROOT, 0, 10)
     assert len(reads.sizes) == 2
 
