@@ -81,9 +81,10 @@ _FAILURES = {
 
 
 class Range(NamedTuple):
-    """What a sync is asked for: the volume with that *entry* up to *end*, wanted when there were so many *failures*."""
+    """What a sync is asked for: a volume and its row, up to *end*, wanted when there were so many *failures*."""
 
     entry: int
+    volume_id: int
     end: int
     failures: int
 
@@ -349,8 +350,17 @@ class Active:
 
     def _sync_active(self) -> None:
         """Make the active volume durable."""
-        words = self._words
-        self._sync_volume(self.volume, Range(words[Word.ACTIVE], words[Word.ACTIVE_END], words[Word.FAILURES]))
+        self._sync_volume(self.volume, self._appended())
+
+    def _appended(self) -> Range:
+        """Within the lock: return all of the active volume."""
+        words, volume = self._words, self.volume
+        return Range(words[Word.ACTIVE], volume.header.volume_id, words[Word.ACTIVE_END], words[Word.FAILURES])
+
+    def _is_active(self, wanted: Range) -> bool:
+        """Return whether the volume of *wanted* is the active one, and not just had the row that this has."""
+        is_row = self._words[Word.ACTIVE] == wanted.entry
+        return is_row and self._table.volume(wanted.entry).volume_id == wanted.volume_id
 
     def _sync_volume(self, volume: Volume, wanted: Range, asked: Callable[[], int] = nobody) -> tuple[int, int]:
         """Make *volume* durable, unless another process has done that for the range that is *wanted*.
@@ -365,12 +375,12 @@ class Active:
             self._check()
             if words[Word.FAILURES] != wanted.failures:
                 raise DiskFailure(f"{volume.path}: {_FAILURES[Failure.LOST]}")
+            if not self._is_active(wanted):
+                # It was sealed meanwhile, which made it durable. To sync it would tell nothing of the one that is being
+                # written, for which SYNCING may stand. From here on none is sealed: that needs a sync, too.
+                return wanted.end, 0
             synced = words[Word.SYNCED]
             if synced >> _SYNCED_SHIFT == wanted.entry and synced & _SYNCED_MASK >= wanted.end:
-                return wanted.end, 0
-            if words[Word.ACTIVE] != wanted.entry:
-                # It was sealed meanwhile, which made it durable. To sync it would tell nothing of the one that is being
-                # written, for which SYNCING may stand.
                 return wanted.end, 0
             # Another process may have synced for long, and who came meanwhile need not wait for another run.
             served, end = asked(), self._end_now(wanted)

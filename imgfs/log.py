@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
-from imgfs.active import SMALL_BYTES, Part, Range, nobody
+from imgfs.active import SMALL_BYTES, Part, nobody
 from imgfs.batch import IMAGES_AT_ONCE, Batches, NewImage
 from imgfs.disk import Buffer
 from imgfs.errors import DiskFailure, ImgfsError, StoreFull
@@ -275,14 +275,13 @@ class Log(Batches):
             due = since >= self._settings.checkpoint_needles or (final and since > 0)
             if due:
                 due = self._if_room(self._settle_directories)
-            state, entry, volume = self.state(), words[Word.ACTIVE], self.volume
-            failures = words[Word.FAILURES]
+            state, wanted, volume = self.state(), self._appended(), self.volume
             if state.end == words[Word.DURABLE] and not due:
                 return served
             duplicate = volume.duplicate()
         try:
             with self._disk_errors(volume.path):
-                end, more = self._sync_volume(duplicate, Range(entry, state.end, failures), asked)
+                end, more = self._sync_volume(duplicate, wanted, asked)
         except DiskFailure:
             with memory.lock(), suppress(ImgfsError):
                 self._mend()  # if it cannot be now, the next change tries again
@@ -297,7 +296,7 @@ class Log(Batches):
                 return served
             memory.acquire()
         try:
-            if words[Word.ACTIVE] != entry or self._is_sealed():
+            if not self._is_active(wanted) or self._is_sealed():
                 return served  # it was sealed meanwhile, which made it durable; nothing may follow the seal
             words[Word.DURABLE] = max(words[Word.DURABLE], end)
             if due and self._if_room(lambda: self._write(Part(checkpoint(state, seal=False)))):

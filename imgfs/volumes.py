@@ -90,12 +90,14 @@ class Volumes:
     def _forget(self) -> None:
         """Close the volumes that were removed; their rows may hold others by now."""
         with self._lock:
-            self._gone = self.gone
+            gone = self.gone
             for entry, opened in list(self._open.items()):
                 if self._table.volume(entry).volume_id != opened.volume.header.volume_id:
                     del self._open[entry]
                     opened.volume.close()
                     opened.names.close()
+            # Not before: another thread would take what is not forgotten yet for the volume that has its row now.
+            self._gone = gone
 
     def rows(self, *, sealed: bool = False) -> list[int]:
         """Return the rows of all volumes, or of the *sealed* ones, in the order of their sequence numbers."""

@@ -1,7 +1,10 @@
 """Another process goes on with an open store: it finds all of it, and both see what the other does."""
 
 import os
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from killed_store import SMALL, new_store, on_disk
@@ -9,10 +12,11 @@ from mortal import in_process, status_of
 from stores import content, names, put, read_all
 
 from imgfs.disk import Disk
-from imgfs.errors import Busy, OtherLayout
+from imgfs.errors import Busy, OtherLayout, Stale
 from imgfs.layout import Word
 from imgfs.settings import KIB
 from imgfs.store import ROOT, Store
+from imgfs.volumes import VOLUMES, OpenVolume, Volumes
 
 
 def attached(store: Store) -> Store:
@@ -56,25 +60,29 @@ def test_both_append_and_follow_each_other_to_the_next_volume() -> None:
             assert not again.report.damage
 
 
+def give_the_active_row_to_another_volume(store: Store) -> None:
+    """Fill, empty and compact *store* until its active volume is another in the row that the active one has now."""
+    row, first = store._memory.words[Word.ACTIVE], store._table.volume(store._memory.words[Word.ACTIVE]).volume_id
+    for _ in range(100):
+        for number in range(4):
+            put(store, ROOT, b"%d" % number, b"x" * 4 * KIB)
+        for number in range(4):
+            store.unlink(ROOT, b"%d" % number)
+        reclaimer = store.reclaimer()
+        for group in reclaimer.worthwhile(reclaimer.survey())[:1]:
+            reclaimer.compact(group)
+        if store._memory.words[Word.ACTIVE] == row and store._table.volume(row).volume_id != first:
+            return
+    pytest.fail("the row is not used again")
+
+
 def test_who_wrote_last_before_its_volume_was_removed_writes_into_the_one_that_has_its_row() -> None:
     """Else what it is told to keep would go into a file without a name, and be lost."""
     with new_store() as store:
         other = attached(store)
         put(other, ROOT, b"first")
-        row, first = store._memory.words[Word.ACTIVE], store._table.volume(store._memory.words[Word.ACTIVE]).volume_id
         other.unlink(ROOT, b"first")
-        for _ in range(100):
-            for number in range(4):
-                put(store, ROOT, b"%d" % number, b"x" * 4 * KIB)
-            for number in range(4):
-                store.unlink(ROOT, b"%d" % number)
-            reclaimer = store.reclaimer()
-            for group in reclaimer.worthwhile(reclaimer.survey())[:1]:
-                reclaimer.compact(group)
-            if store._memory.words[Word.ACTIVE] == row and store._table.volume(row).volume_id != first:
-                break
-        else:
-            pytest.fail("the row is not used again")
+        give_the_active_row_to_another_volume(store)
         put(other, ROOT, b"late", b"bytes" * 100)
         put(store, ROOT, b"later")
         for each in (store, other):
@@ -86,6 +94,81 @@ def test_who_wrote_last_before_its_volume_was_removed_writes_into_the_one_that_h
             assert names(again) == {b"late", b"later"}
             assert content(again, again.lookup(ROOT, b"late")) == b"bytes" * 100
             assert not again.report.damage
+
+
+class _Stalled:
+    """A store whose next sync stands still until *meanwhile* was done, between what it wants and doing it."""
+
+    def __init__(self, store: Store, meanwhile: Callable[[], object]) -> None:
+        self._log = store._images.writer()
+        self._sync, self._meanwhile = self._log._sync_volume, meanwhile
+        self._log._sync_volume = self.sync  # type: ignore[method-assign]
+
+    def sync(self, *arguments: Any) -> tuple[int, int]:
+        self._log._sync_volume = self._sync  # type: ignore[method-assign]
+        self._meanwhile()
+        return self._sync(*arguments)
+
+
+@pytest.mark.parametrize("synced", [False, True])
+def test_a_sync_that_stood_still_says_nothing_of_the_volume_that_has_its_row_now(*, synced: bool) -> None:
+    """Else a later fsync would be answered without the disk, or power loss taken for damage."""
+    with new_store() as store:
+        other = attached(store)
+        words = store._memory.words
+        told = []
+
+        def meanwhile() -> None:
+            give_the_active_row_to_another_volume(store)
+            if synced:
+                store.sync()
+            put(store, ROOT, b"new")
+            told.append((words[Word.DURABLE], words[Word.SYNCED]))
+
+        put(other, ROOT, b"first", b"bytes" * 9 * KIB)
+        other.unlink(ROOT, b"first")
+        _Stalled(other, meanwhile)
+        other.sync()
+        assert told == [(words[Word.DURABLE], words[Word.SYNCED])]
+        assert words[Word.DURABLE] < words[Word.ACTIVE_END]
+        other.leave()
+
+
+def test_no_thread_gets_a_removed_volume_while_another_closes_those_that_are() -> None:
+    """It would take it for the one that has its row now, and its names for those of other images."""
+    with new_store() as store:
+        for number in range(40):
+            put(store, ROOT, b"%d" % number, b"x" * 4 * KIB)
+        volumes = Volumes(Disk(), f"{store.path}/{VOLUMES}", store._table)
+        first, second = volumes.rows()[:2]
+        closing, stale = volumes.get(first).volume, volumes.get(second)
+        for number in range(40):
+            store.unlink(ROOT, b"%d" % number)
+        reclaimer = store.reclaimer()
+        for group in reclaimer.worthwhile(reclaimer.survey()):
+            reclaimer.compact(group)
+        assert not {first, second} & set(volumes.rows())
+        got: list[object] = []
+        close, thread = closing.close, threading.Thread(target=lambda: got.append(_get(volumes, second)))
+
+        def close_while_another_looks() -> None:
+            thread.start()
+            thread.join(timeout=0.5)  # it waits for us, and mostly needs no more to come that far
+            close()
+
+        closing.close = close_while_another_looks  # type: ignore[method-assign]
+        assert _get(volumes, first) is not closing
+        thread.join()
+        assert got
+        assert got[0] is not stale
+        volumes.close()
+
+
+def _get(volumes: Volumes, row: int) -> OpenVolume | None:
+    try:
+        return volumes.get(row)
+    except Stale:
+        return None
 
 
 def test_it_takes_the_lock_over() -> None:
