@@ -1,5 +1,6 @@
 """Another process goes on with an open store: it finds all of it, and both see what the other does."""
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -169,6 +170,48 @@ def _get(volumes: Volumes, row: int) -> OpenVolume | None:
         return volumes.get(row)
     except Stale:
         return None
+
+
+def test_who_asks_while_images_move_after_a_failed_sync_is_not_told_that_they_are_lost() -> None:
+    """Their volume ends before them already, and their records point to the next one only a moment later."""
+    with new_store() as store:
+        other = attached(store)
+        inode, handle = store.create_image(ROOT, b"kept", 0o640, 1, 2)
+        store.write(handle, 0, b"bytes")
+        store.flush(handle)
+        log = store._images.writer()
+        told: list[Exception | None] = []
+        move, asking = log._move_records, threading.Thread(target=lambda: told.append(_error_of(other, handle)))
+
+        def move_while_another_asks() -> None:
+            assert other._images._lies_behind(inode)
+            asking.start()
+            asking.join(timeout=0.5)  # it waits for us
+            move()
+
+        log._move_records = move_while_another_asks  # type: ignore[method-assign]
+        sync, store._disk.sync = store._disk.sync, _fail  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="Input/output error"):
+            log._sync_active()
+        store._disk.sync = sync  # type: ignore[method-assign]
+        store.sync()
+        asking.join()
+        assert told == [None]
+        assert content(other, inode) == b"bytes"
+        store.release(handle)
+        other.leave()
+
+
+def _fail(file: int) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def _error_of(store: Store, handle: int) -> Exception | None:
+    try:
+        store.check_kept(handle)
+    except Exception as error:
+        return error
+    return None
 
 
 def test_it_takes_the_lock_over() -> None:
