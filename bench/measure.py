@@ -7,6 +7,7 @@ import functools
 import multiprocessing
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -128,6 +129,13 @@ def process_memory(pid: int | str = "self") -> dict[str, int]:
         if name in ("RssAnon", "RssFile", "RssShmem", "VmHWM", "VmRSS"):
             found[name] = int(value.split()[0]) << 10
     return found
+
+
+def kernel_memory() -> int:
+    """Return the bytes of what the kernel keeps about files and all else of its own, of the whole machine."""
+    found = re.search(r"^Slab:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) << 10
 
 
 def private_memory(pid: int) -> int:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.commands import run as run_command
-from bench.measure import all_memory, private_memory, read_files, say, together
+from bench.measure import all_memory, kernel_memory, private_memory, read_files, say, together
 from bench.needles import image_name
 from bench.probe import probe
 from bench.result import Result
-from bench.site import Site
+from bench.site import Site, drop_caches
 from bench.stores import large_store, large_store_path
 from imgfs.store import ROOT, Store
 
@@ -109,8 +109,11 @@ def _serve(site: Site, result: Result, chosen: _Size) -> None:
     with large_store(site, images, _MANY) as store, site.mounted(store) as mounted:
         before = private_memory(mounted.pid)
         directories = sorted(mounted.point.iterdir())
+        drop_caches()
+        kept = kernel_memory()
         _walk(directories, "find")
-        say(f"`find` over {images:,} images is done")
+        kept = kernel_memory() - kept
+        say(f"`find` over {images:,} images is done; the kernel keeps {kept >> 20} MiB more")
         _walk(directories[: -(-chosen.walked * _MANY // images)], "ls", "-lR")
         say(f"`ls -lR` over {chosen.walked:,} of them is done")
         jobs = [
@@ -121,6 +124,7 @@ def _serve(site: Site, result: Result, chosen: _Size) -> None:
         whole = all_memory(mounted.pid)
     done = f"after `find` over {images:,} images, `ls -lR` over {chosen.walked:,} and {chosen.read:,} reads"
     say(f"all of the daemon has {more >> 10} KiB more, {whole / images:.1f} bytes per image in all, {done}")
+    result.add(f"kernel: more after `find` over {images:,} images", "bytes per image", kept / images)
     result.add(f"daemon: private memory more {done}", "MiB", _mib(more))
     result.add(f"all of the daemon, {done}", "bytes per image", whole / images)
 

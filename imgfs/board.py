@@ -1,6 +1,6 @@
-"""What supervisor and workers tell each other while they run: one page of shared words, and the answer to INIT.
+"""What supervisor and workers tell each other while they run: shared words, and the answer to INIT.
 
-Owns the page. Must not know requests, nor who acts on what it says.
+Owns the memory they lie in. Must not know requests, nor who acts on what they say.
 
 *Concurrency:* each word is stored in one instruction, and has one process that writes it: the supervisor PAUSE, each
 worker the words of its own number; but any worker may write WATCHER. Whoever answers INIT writes the answer, always
@@ -15,10 +15,14 @@ import mmap
 import os
 import threading
 
+from imgfs.listers import SHARED_BYTES
+
 WORKERS_MAX = 16
 
 _REPLY_AT = 2048
 _PAGE = 4096
+_LISTERS_AT = _PAGE
+_BYTES = _LISTERS_AT + SHARED_BYTES
 _WORKER_AT = 16  # words, eight for each worker
 _WORDS_EACH = 8
 _GIVING_AT, _GIVING = 160, 65  # words
@@ -101,21 +105,24 @@ class Post:
 
 
 class Board:
-    """The page; a child process shares it by fork, the next release by its *descriptor*."""
+    """All of it; a child process shares it by fork, the next release by its *descriptor*."""
 
     def __init__(self, descriptor: int | None = None) -> None:
         if descriptor is None:
             descriptor = os.memfd_create("imgfs-board", os.MFD_CLOEXEC)
-            os.ftruncate(descriptor, _PAGE)
+        # That of another release may be shorter.
+        os.ftruncate(descriptor, max(_BYTES, os.fstat(descriptor).st_size))
         self.descriptor = descriptor
-        self._map = mmap.mmap(descriptor, _PAGE)
-        self.words = memoryview(self._map).cast("Q")
+        self._map = mmap.mmap(descriptor, _BYTES)
+        self.words = memoryview(self._map)[:_PAGE].cast("Q")
         """Of WATCHER: the worker, plus 1, that waits for the next request, so that nobody else need wake for it; or 0.
 
         A hint: two that come at once may both think that they are the one, and one that was killed still stands there.
         """
         self.giving = self.words[_GIVING_AT : _GIVING_AT + _GIVING]
         """Words that any worker may write: see giving.py."""
+        self.listers = memoryview(self._map)[_LISTERS_AT:]
+        """Bytes that any worker may write: see listers.py."""
         self.posts = [Post(self.words, worker) for worker in range(WORKERS_MAX)]
 
     @property

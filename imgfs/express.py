@@ -26,6 +26,7 @@ from imgfs.errors import ImgfsError, InvalidArgument, StoreFull
 from imgfs.format import Kind
 from imgfs.giving import Giving
 from imgfs.late import Unsynced
+from imgfs.listers import Listers
 from imgfs.replies import CACHE_DIRECTORY, KEEP_CACHE, NO_FLUSH, Reply
 from imgfs.store import Store
 from imgfs.wire import IN_HEADER, NAMES, Head, Opcode, error_reply
@@ -36,6 +37,7 @@ _RANGE = struct.Struct("<QQI")  # handle, offset, size
 _WRITE_HEADER_BYTES = 40
 _CREATE = struct.Struct("<IIII")  # flags, mode, umask, padding
 _HEADER_BYTES = IN_HEADER.size
+_DIRECTORY = Kind.DIRECTORY
 _SYNCS = frozenset({Opcode.FSYNC, Opcode.FSYNCDIR})
 
 
@@ -55,8 +57,11 @@ class Asked(NamedTuple):
 class Express:
     """Answers for one worker."""
 
-    def __init__(self, store: Store, acts: Acts, calls: Calls, giving: Giving | None = None) -> None:
+    def __init__(
+        self, store: Store, acts: Acts, calls: Calls, listers: Listers | None = None, giving: Giving | None = None
+    ) -> None:
         self._store = store
+        self._listers = listers or Listers()
         self._giving = giving
         self._acts = acts
         self._calls = calls
@@ -135,8 +140,11 @@ class Express:
     def _lookup(self, asked: Asked, *, nowait: bool = False) -> Reply:
         name = bytes(asked.body).partition(b"\0")[0]
         shown = self._acts.lookup(asked.node, name, asked.thread, nowait=nowait)
-        if self._giving is not None and shown.attr is not None and shown.attr.kind == Kind.FILE:
-            self._giving.expect(shown.attr.inode)
+        attr = shown.attr
+        if attr is not None and attr.kind != _DIRECTORY:
+            self._listers.looked_up(asked.thread, asked.node)
+            if self._giving is not None and attr.kind == Kind.FILE:
+                self._giving.expect(attr.inode)
         return self._shown(asked.unique, shown)
 
     def _shown(self, unique: int, shown: Shown) -> Reply:
@@ -171,12 +179,13 @@ class Express:
 
     def _readdirplus(self, asked: Asked, *, nowait: bool = False) -> Reply:
         directory, position, size = _RANGE.unpack_from(asked.body)
+        bare = self._listers.wants_names_alone(asked.thread, directory)
         page = self._acts.page(directory, position, size // replies.LISTED_BYTES_MIN, nowait=nowait)
         if page is not None:
             dots = self._acts.dots(directory, position)
-            return replies.page(asked.unique, dots, page, self._store.access_times, self._timeout_s, size)
+            return replies.page(asked.unique, dots, page, self._store.access_times, self._timeout_s, size, bare=bare)
         listing = _until_it_blocks(self._acts.listing(directory, position, nowait=nowait))
-        return replies.listing(asked.unique, listing, self._store.access_times, self._timeout_s, size)
+        return replies.listing(asked.unique, listing, self._store.access_times, self._timeout_s, size, bare=bare)
 
     def _opendir(self, asked: Asked) -> Reply:
         # What a directory shows depends on who asks, where images are published when they are closed.

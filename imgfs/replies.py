@@ -12,6 +12,7 @@ import numpy.typing as npt
 from imgfs.acts import BLOCK_BYTES, Listed, mode_of, modes_of
 from imgfs.atimes import AccessTimes
 from imgfs.disk import Buffer
+from imgfs.format import Kind
 from imgfs.listing import Page, ranges
 from imgfs.view import Attr
 from imgfs.wire import OUT_HEADER
@@ -33,6 +34,7 @@ _ATTR = "QQQqqqIIIIIIIIII"
 _NODE = "QQQQII" + _ATTR
 _ENTRY = struct.Struct("<IiQ" + _NODE)  # behind the header
 _LISTED = struct.Struct("<" + _NODE + "QQII")  # inode, position, length of the name, type; the name follows
+_NODE_BYTES = struct.calcsize("<" + _NODE)
 # after the header: seconds, nanoseconds, padding
 _ATTRIBUTES = struct.Struct("<IiQ" + "QII" + _ATTR)
 _OPEN = struct.Struct("<QII")  # handle, flags, padding
@@ -52,6 +54,8 @@ _LISTED_ROW = np.dtype(
 assert _LISTED_ROW.itemsize == _LISTED.size
 LISTED_BYTES_MIN = _LISTED.size + _ALIGNMENT
 _SELF_AND_ABOVE = (b".", b"..")
+_NO_NODE = (0,) * len(_NODE)
+_DIRECTORY = int(Kind.DIRECTORY)
 assert (_ENTRY.size, _ATTRIBUTES.size) == (16 + 128, 16 + 104)
 
 
@@ -99,9 +103,12 @@ def entry(unique: int, attr: Attr, atime_ns: int, name_timeout_s: float, timeout
 
 
 def listing(
-    unique: int, entries: Iterable[Listed], times: AccessTimes, timeout_s: float, size: int
+    unique: int, entries: Iterable[Listed], times: AccessTimes, timeout_s: float, size: int, *, bare: bool = False
 ) -> tuple[bytes, Buffer]:
-    """Answer with as many *entries*, and all that is known of them, as fit into *size* bytes."""
+    """Answer with as many *entries*, and all that is known of them, as fit into *size* bytes.
+
+    *bare*: the kernel shall keep nothing of those that are no directories, but their names in this listing.
+    """
     parts: list[bytes] = []
     left = size
     seconds, rest_ns = _timeout(timeout_s)
@@ -111,16 +118,27 @@ def listing(
         if left < 0:
             break
         inode = attr.inode
-        # The kernel looks at nothing but the name and the number of these.
-        node = 0 if name in _SELF_AND_ABOVE else inode
-        head = (node, inode >> 32, seconds, seconds, rest_ns, rest_ns)
-        mode = mode_of(attr)
-        last = (inode, position, len(name), mode >> 12)
-        parts += (_LISTED.pack(*head, *_attr(attr, times.get(inode, attr.mtime_ns)), *last), name, bytes(padding))
+        # Without a node the kernel looks at nothing but the name, the number and the type.
+        fields = _NO_NODE
+        if not bare or attr.kind == _DIRECTORY:
+            node = 0 if name in _SELF_AND_ABOVE else inode
+            head = (node, inode >> 32, seconds, seconds, rest_ns, rest_ns)
+            fields = (*head, *_attr(attr, times.get(inode, attr.mtime_ns)))
+        last = (inode, position, len(name), mode_of(attr) >> 12)
+        parts += (_LISTED.pack(*fields, *last), name, bytes(padding))
     return data(unique, b"".join(parts))
 
 
-def page(unique: int, dots: Iterable[Listed], entries: Page, times: AccessTimes, timeout_s: float, size: int) -> Reply:
+def page(
+    unique: int,
+    dots: Iterable[Listed],
+    entries: Page,
+    times: AccessTimes,
+    timeout_s: float,
+    size: int,
+    *,
+    bare: bool = False,
+) -> Reply:
     """As `listing`, of *dots* and then *entries*."""
     head, first = listing(unique, dots, times, timeout_s, size)
     row_bytes, lengths = _LISTED.size, entries.name_lengths
@@ -130,18 +148,24 @@ def page(unique: int, dots: Iterable[Listed], entries: Page, times: AccessTimes,
         return head, first
     starts = np.concatenate(([0], ends[: count - 1]))
     content = np.zeros(ends[count - 1], np.uint8)
-    rows = _rows(entries, times, timeout_s)[:count].view("<u8").reshape(count, -1)
+    rows = _rows(entries, times, timeout_s, bare=bare)[:count].view("<u8").reshape(count, -1)
     content.view("<u8")[starts[:, None] // _ALIGNMENT + np.arange(rows.shape[1])] = rows
     lengths = lengths[:count]
     content[ranges(starts + row_bytes, lengths)] = entries.names[: lengths.sum()]
     return OUT_HEADER.pack(OUT_HEADER.size + len(first) + len(content), 0, unique), first, content.data
 
 
-def _rows(entries: Page, times: AccessTimes, timeout_s: float) -> npt.NDArray[np.void]:
-    """Return the part of fixed length of each of *entries*."""
+def _rows(entries: Page, times: AccessTimes, timeout_s: float, *, bare: bool) -> npt.NDArray[np.void]:
+    """Return the part of fixed length of each of *entries*, as `listing` has it."""
     rows = np.zeros(len(entries.keys), _LISTED_ROW)
+    modes = modes_of(entries)
+    rows["number"], rows["type"] = entries.inodes, modes >> 12
+    rows["position"], rows["name_length"] = entries.keys, entries.name_lengths
+    is_directory = entries.kinds == _DIRECTORY
+    if bare and not is_directory.any():
+        return rows
     seconds, rest_ns = _timeout(timeout_s)
-    rows["node"] = rows["inode"] = rows["number"] = entries.inodes
+    rows["node"] = rows["inode"] = entries.inodes
     rows["generation"] = entries.inodes >> 32
     rows["name_s"] = rows["attr_s"] = seconds
     rows["name_rest_ns"] = rows["attr_rest_ns"] = rest_ns
@@ -149,11 +173,11 @@ def _rows(entries: Page, times: AccessTimes, timeout_s: float) -> npt.NDArray[np
     atimes_ns = times.get_many(entries.inodes, entries.mtimes_ns)
     for letter, times_ns in (("a", atimes_ns), ("m", entries.mtimes_ns), ("c", entries.ctimes_ns)):
         rows[letter + "time_s"], rows[letter + "time_ns"] = np.divmod(times_ns, _SECOND_NS)
-    modes = modes_of(entries)
-    rows["mode"], rows["type"] = modes, modes >> 12
+    rows["mode"] = modes
     rows["links"], rows["uid"], rows["gid"] = entries.links, entries.uids, entries.gids
     rows["device"], rows["block_size"] = entries.devices, BLOCK_BYTES
-    rows["position"], rows["name_length"] = entries.keys, entries.name_lengths
+    if bare:
+        rows.view(np.uint8).reshape(len(rows), -1)[~is_directory, :_NODE_BYTES] = 0
     return rows
 
 

@@ -21,6 +21,7 @@ from imgfs.device import Device
 from imgfs.errors import MountFailed
 from imgfs.express import Express
 from imgfs.fs import Filesystem
+from imgfs.listers import Listers
 from imgfs.store import Store
 
 BEAT_S = 0.5
@@ -46,9 +47,10 @@ def work(number: int, common: Common) -> None:
     desk.install()
     acts, calls = Acts(store, common.manner), Calls(store, desk)
     filesystem = at_desk(desk, Filesystem(store, desk, acts, calls))
-    desk.express = Express(store, acts, calls, store.giving(common.board.giving, desk.give))
+    listers = Listers(common.board.listers)
+    desk.express = Express(store, acts, calls, listers, store.giving(common.board.giving, desk.give))
     pyfuse3.init(filesystem, desk.session_path, {"default_permissions"})
-    trio.run(_serve, desk, common, number)
+    trio.run(_serve, desk, common, number, listers)
 
 
 def try_init(common: Common) -> None:
@@ -71,10 +73,11 @@ def try_init(common: Common) -> None:
     raise MountFailed("a worker of this release does not answer INIT")
 
 
-async def _serve(desk: Desk, common: Common, number: int) -> None:
+async def _serve(desk: Desk, common: Common, number: int, listers: Listers) -> None:
     async with trio.open_nursery() as nursery:
         desk.serve_late_in(nursery)
         nursery.start_soon(_beat, common, number)
+        nursery.start_soon(_forget_listings, desk, listers)
         await pyfuse3.main(PYFUSE3_TASKS_MAX, PYFUSE3_TASKS_MAX)
         nursery.cancel_scope.cancel()
 
@@ -84,4 +87,13 @@ async def _beat(common: Common, number: int) -> None:
         common.board.posts[number].beat_ns = time.monotonic_ns()
         if common.store.forget_listings():
             heap.trim()
+        await trio.sleep(BEAT_S)
+
+
+async def _forget_listings(desk: Desk, listers: Listers) -> None:
+    """Let the kernel list anew what it has names alone of, once somebody looks at more."""
+    while True:
+        for directory in listers.outdated():
+            # In a thread, for it waits for who is reading there.
+            await trio.to_thread.run_sync(desk.forget, directory)
         await trio.sleep(BEAT_S)

@@ -51,6 +51,13 @@ def die_at_start(_: str) -> None:
     worker.work = crash  # type: ignore[assignment]
 
 
+def count_requests(path: str) -> None:
+    """Nothing goes wrong: a file of counts, see bench/counting.py, says what one worker was asked for."""
+    from bench.counting import count_in
+
+    count_in(path)
+
+
 def never_resent(_: str) -> None:
     """The kernel is one that cannot send requests again."""
     wire.can_resend = lambda init: False  # type: ignore[assignment]
@@ -247,6 +254,7 @@ def _claim(marker: str) -> int | None:
 
 
 FAULTS = {
+    "count-requests": count_requests,
     "die-at-name": die_at_name,
     "die-at-start": die_at_start,
     "die-at-step": die_at_step,

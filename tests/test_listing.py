@@ -55,27 +55,36 @@ def acts() -> Acts:
     return Acts(store, Manner(60.5))
 
 
-def page_of(acts: Acts, position: int, size: int = ANSWER_BYTES) -> bytes | None:
+def page_of(acts: Acts, position: int, size: int = ANSWER_BYTES, *, bare: bool = False) -> bytes | None:
     page = acts.page(ROOT, position, size // replies.LISTED_BYTES_MIN)
     if page is None:
         return None
     dots = acts.dots(ROOT, position)
     times = acts._store.access_times
-    return b"".join(replies.page(1, dots, page, times, acts.manner.timeout_s, size)[1:])
+    return b"".join(replies.page(1, dots, page, times, acts.manner.timeout_s, size, bare=bare)[1:])
 
 
-def one_by_one(acts: Acts, position: int, size: int = ANSWER_BYTES) -> bytes:
+def one_by_one(acts: Acts, position: int, size: int = ANSWER_BYTES, *, bare: bool = False) -> bytes:
     times = acts._store.access_times
-    return b"".join(replies.listing(1, acts.listing(ROOT, position), times, acts.manner.timeout_s, size)[1:])
+    listing = acts.listing(ROOT, position)
+    return b"".join(replies.listing(1, listing, times, acts.manner.timeout_s, size, bare=bare)[1:])
+
+
+def listed(answer: bytes) -> list[tuple[tuple[int, ...], bytes]]:
+    """Return the fields and the name of each entry of an answer."""
+    found, at = [], 0
+    while at < len(answer):
+        fields = replies._LISTED.unpack_from(answer, at)
+        end = at + replies._LISTED.size + fields[-2]
+        found.append((fields, answer[end - fields[-2] : end]))
+        at = -(-end // 8) * 8
+    assert at == len(answer)
+    return found
 
 
 def last_position(answer: bytes) -> int:
-    at = position = 0
-    while at < len(answer):
-        *_, position, length, _ = replies._LISTED.unpack_from(answer, at)
-        at += -(-(replies._LISTED.size + length) // 8) * 8
-    assert at == len(answer)
-    return position
+    found = listed(answer)
+    return found[-1][0][-3] if found else 0
 
 
 def entries(store: Store, directory: int = ROOT, count: int = 50) -> list[tuple[int, int, bytes]]:
@@ -96,11 +105,12 @@ def entries(store: Store, directory: int = ROOT, count: int = 50) -> list[tuple[
 # -- the same -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize(("size", "answers_min"), [(500, 100), (ANSWER_BYTES, 20), (1 << 20, 1)])
-def test_an_answer_has_the_bytes_it_had_one_by_one(acts: Acts, size: int, answers_min: int) -> None:
+def test_an_answer_has_the_bytes_it_had_one_by_one(acts: Acts, size: int, answers_min: int, bare: bool) -> None:
     position, answers = 0, 0
     while True:
-        answer, expected = page_of(acts, position, size), one_by_one(acts, position, size)
+        answer, expected = page_of(acts, position, size, bare=bare), one_by_one(acts, position, size, bare=bare)
         assert answer is not None
         assert expected.startswith(answer)
         if not expected:
@@ -110,6 +120,18 @@ def test_an_answer_has_the_bytes_it_had_one_by_one(acts: Acts, size: int, answer
         answers += 1
     assert position == last_position(one_by_one(acts, 0, 1 << 30))
     assert answers >= answers_min
+
+
+def test_names_alone_are_all_that_is_said_of_what_is_no_directory(acts: Acts) -> None:
+    whole, bare = (listed(one_by_one(acts, 0, 1 << 30, bare=bare)) for bare in (False, True))
+    assert len(whole) > 400
+    types = set()
+    for (fields, name), (bare_fields, bare_name) in zip(whole, bare, strict=True):
+        assert (fields[-4:], name) == (bare_fields[-4:], bare_name), "number, position, length and type"
+        kind = stat.S_IFMT(fields[-1] << 12)
+        assert bare_fields[:-4] == (fields[:-4] if stat.S_ISDIR(kind) else (0,) * (len(fields) - 4))
+        types.add(kind)
+    assert types == {stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFBLK}
 
 
 def test_from_any_position_the_next_come(acts: Acts) -> None:

@@ -1,0 +1,63 @@
+"""Who lists directories and looks at nothing but names: for these the kernel is given no attributes.
+
+Owns what is remembered of threads that list, and of which directories the kernel has names alone. Must not know what
+an answer looks like, nor who forgets what.
+
+An entry that comes with its attributes spares whoever looks at it a request. But the kernel makes an inode and a name
+of it: 7 us, and a kilobyte of memory that nothing needs after a `find` or an `ls`. So a thread that has listed for some
+time and looked up nothing gets names alone, until it looks one up. Who looks at every entry looks up none either, while
+they come with attributes; so he is tried again now and then, which costs him the entries of one answer.
+
+The kernel keeps listings until the directory changes. Of one with names alone whoever lists the directory next would
+have to look up every entry: so the first entry that is looked up is the end of it.
+
+*Concurrency:* on the loops of all workers, and in their threads, each word and byte stored in one step. All of it are
+hints: what two store at once, or who shares a word with another, costs time at most.
+"""
+
+# Answers with attributes for a thread that nobody knows, some 800 entries of a large directory each; and for one that
+# has looked an entry up.
+PATIENCE, PATIENCE_WITH_USER = 32, 1024
+_THREADS = 64
+_DIRECTORIES = 1 << 14
+SHARED_BYTES = 8 * _THREADS + _DIRECTORIES
+_LEFT_BITS = 32
+
+
+class Listers:
+    """What one worker knows of those who list."""
+
+    def __init__(self, shared: memoryview | None = None) -> None:
+        """All workers of a mount have the same *shared* bytes, SHARED_BYTES of them."""
+        shared = memoryview(bytearray(SHARED_BYTES)) if shared is None else shared
+        # For each thread, or several by turns: its number, and how many answers with attributes it still gets, plus 1.
+        self._threads = shared[: 8 * _THREADS].cast("Q")
+        # For each directory, or several together: 1 if the kernel may have names alone.
+        self._bare = shared[8 * _THREADS :]
+        self._outdated: set[int] = set()
+
+    def wants_names_alone(self, thread: int, directory: int) -> bool:
+        """Return whether *thread*, which gets another answer about *directory*, has no use for attributes."""
+        at = thread % _THREADS
+        word = self._threads[at]
+        left = word & (1 << _LEFT_BITS) - 1 if word and word >> _LEFT_BITS == thread else PATIENCE + 1
+        if left > 1:
+            self._threads[at] = thread << _LEFT_BITS | left - 1
+            return False
+        self._bare[directory % _DIRECTORIES] = 1
+        return True
+
+    def looked_up(self, thread: int, directory: int) -> None:
+        """Note that *thread* has asked for an entry of *directory* which is no directory itself."""
+        at = thread % _THREADS
+        word = self._threads[at]
+        if word and word >> _LEFT_BITS == thread:
+            self._threads[at] = thread << _LEFT_BITS | PATIENCE_WITH_USER + 1
+        if self._bare[directory % _DIRECTORIES]:
+            self._bare[directory % _DIRECTORIES] = 0
+            self._outdated.add(directory)
+
+    def outdated(self) -> set[int]:
+        """Return the directories whose listing the kernel shall forget, each once."""
+        outdated, self._outdated = self._outdated, set()
+        return outdated

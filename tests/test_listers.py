@@ -1,0 +1,113 @@
+"""Who looks at nothing but names gets names alone, and nobody who looks at more pays for it for long."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mounted import PROJECT, Mounted, imgfs, wait_until
+
+from bench.counting import make_counts, read_counts
+from imgfs.board import Board
+from imgfs.listers import PATIENCE, PATIENCE_WITH_USER, Listers
+
+DIRECTORY, OTHER = 5, 6
+THREAD = 4321
+SAME_WORD = THREAD + 64
+
+
+def answers_with_attributes(listers: Listers, thread: int = THREAD) -> int:
+    """Let *thread* list until it gets names alone; return how many answers it got with attributes."""
+    count = 0
+    while not listers.wants_names_alone(thread, DIRECTORY):
+        count += 1
+        assert count <= PATIENCE_WITH_USER
+    return count
+
+
+def test_who_looks_up_nothing_gets_names_alone_after_some_time() -> None:
+    listers = Listers()
+    assert answers_with_attributes(listers) == PATIENCE
+    assert answers_with_attributes(listers) == 0
+    assert answers_with_attributes(listers, 0) == PATIENCE, "the thread of another PID namespace has no number"
+
+
+def test_who_looks_an_entry_up_gets_attributes_for_long() -> None:
+    listers = Listers()
+    assert answers_with_attributes(listers) == PATIENCE
+    listers.looked_up(THREAD, OTHER)
+    assert answers_with_attributes(listers) == PATIENCE_WITH_USER
+    assert answers_with_attributes(listers) == 0
+
+
+def test_threads_that_share_a_word_cost_each_other_what_is_known() -> None:
+    listers = Listers()
+    assert answers_with_attributes(listers) == PATIENCE
+    listers.looked_up(SAME_WORD, OTHER)
+    assert answers_with_attributes(listers) == 0, "somebody else's look says nothing"
+    assert answers_with_attributes(listers, SAME_WORD) == PATIENCE
+    assert answers_with_attributes(listers) == PATIENCE
+
+
+def test_what_the_kernel_has_names_alone_of_is_outdated_once_by_any_look() -> None:
+    board = Board()
+    one, other = Listers(board.listers), Listers(board.listers)
+    other.looked_up(THREAD + 1, DIRECTORY)
+    assert not other.outdated(), "it has more"
+    answers_with_attributes(one)
+    other.looked_up(THREAD + 1, OTHER)
+    assert not other.outdated()
+    other.looked_up(THREAD + 1, DIRECTORY)
+    assert other.outdated() == {DIRECTORY}
+    other.looked_up(THREAD + 1, DIRECTORY)
+    one.looked_up(THREAD, DIRECTORY)
+    assert not other.outdated() | one.outdated(), "once is enough"
+
+
+# -- through the kernel -------------------------------------------------------------------------------------------
+
+DIRECTORIES, EACH = PATIENCE + 8, 20
+
+
+@pytest.mark.mount
+@pytest.mark.root
+def test_the_kernel_is_asked_for_each_entry_only_until_it_is_seen_that_somebody_looks(
+    stopped: Mounted, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    for number in range(DIRECTORIES):
+        (source / f"{number:02}").mkdir(parents=True)
+        for image in range(EACH):
+            (source / f"{number:02}" / f"{image}.jpg").write_bytes(bytes(image + 1))
+    imgfs("import", "--quiet", source, stopped.store)
+    counts = make_counts(tmp_path / "counts")
+    fault = ("count-requests", str(counts))
+    stopped.start("allow_other,workers=1", fault=fault, environment={"PYTHONPATH": str(PROJECT)})
+
+    def asked(what: str, call: Callable[[], object]) -> int:
+        before = read_counts(counts)[what]
+        call()
+        return read_counts(counts)[what] - before
+
+    def names(number: int) -> set[str]:
+        with os.scandir(stopped.point / f"{number:02}") as found:
+            return {entry.name for entry in found if entry.is_file(follow_symlinks=False)}
+
+    def look(number: int, images: range = range(EACH)) -> None:
+        for image in images:
+            assert os.stat(stopped.point / f"{number:02}" / f"{image}.jpg").st_size == image + 1
+
+    expected = {f"{image}.jpg" for image in range(EACH)}
+    assert len(os.listdir(stopped.point)) == DIRECTORIES
+    for number in range(DIRECTORIES):
+        assert names(number) == expected
+    assert asked("lookup", lambda: look(0)) == 0, "attributes came with the names"
+    last = DIRECTORIES - 1
+    for number in (last, last - 1):
+        assert asked("readdir", lambda n=number: names(n)) == 0, "the kernel keeps names"  # type: ignore[misc]
+    assert asked("lookup", lambda: look(last, range(1))) == 1
+    # Soon the kernel forgets that listing, and only that; then it comes with attributes.
+    wait_until(lambda: asked("readdir", lambda: names(last)) > 0, "the directory is listed anew")
+    assert names(last) == expected
+    assert asked("lookup", lambda: look(last)) == 0
+    assert asked("readdir", lambda: names(last - 1)) == 0
