@@ -234,43 +234,44 @@ class Listing:
         Raises:
             Damaged, WouldBlock: as `Names.get`.
         """
-        rows, offsets = records["name_volume"], records["name_offset"].astype(np.int64)
-        lengths = np.zeros(len(records), np.int64)
-        sources = []
-        for row in map(int, np.unique(rows)):
-            chosen = np.flatnonzero(rows == row)
-            bytes_max, names = written.end_in(row), self._volumes.get(row).names
-            found = self._names_in(names, offsets[chosen], children, bytes_max, nowait=nowait)
-            if found is None:
-                return None
-            starts, lengths[chosen], content = found
-            sources.append((chosen, starts, content))
-        joined = np.empty(int(lengths.sum()), np.uint8)
-        begins = np.cumsum(lengths) - lengths
-        for chosen, starts, content in sources:
-            joined[ranges(begins[chosen], lengths[chosen])] = content[ranges(starts, lengths[chosen])]
-        if not lengths.all() or ((joined == 0) | (joined == ord("/"))).any():
+        if not len(records):
+            return np.empty(0, np.int64), np.empty(0, np.uint8)
+        order = np.argsort(records["name_volume"], kind="stable")
+        rows = records["name_volume"][order].astype(np.int64)
+        offsets = records["name_offset"][order].astype(np.int64)
+        # One volume after the other: where its names begin and end among all, and which offsets they lie between.
+        begins = np.flatnonzero(np.diff(rows, prepend=-1))
+        ends = np.append(begins[1:], len(rows))
+        lowest, highest = np.minimum.reduceat(offsets, begins), np.maximum.reduceat(offsets, begins)
+        # `offsets` become those of what was read of the volume, where the bytes of a name begin.
+        lengths, contents = np.empty(len(rows), np.int64), []
+        for begin, end, first, last in zip(begins, ends, map(int, lowest), map(int, highest), strict=True):
+            row = int(rows[begin])
+            names, mine = self._volumes.get(row).names, slice(begin, end)
+            stretch = self._stretch(names, first, last, children, written.end_in(row), nowait=nowait)
+            if stretch is None:
+                found = [names.get(int(offset), nowait=nowait) for offset in offsets[mine]]
+                lengths[mine] = list(map(len, found))
+                offsets[mine] = np.cumsum(lengths[mine]) - lengths[mine]
+                contents.append(np.frombuffer(b"".join(found), np.uint8))
+            else:
+                offsets[mine] -= stretch.start
+                if last - stretch.start >= len(stretch.content):
+                    return None  # the file is cut: who looks at each says so
+                lengths[mine] = stretch.content[offsets[mine]]
+                offsets[mine] += 1
+                contents.append(stretch.content)
+        sizes = np.repeat([len(content) for content in contents], ends - begins)
+        if (offsets + lengths > sizes).any() or not lengths.all():
             return None  # who looks at each says what is wrong with it
-        if ((lengths <= 2) & (joined[begins] == ord("."))).any():
+        places, starts = ranges(offsets, lengths), np.cumsum(lengths) - lengths
+        cuts = np.append(starts[begins], len(places))
+        joined = np.concatenate([content[places[cuts[n] : cuts[n + 1]]] for n, content in enumerate(contents)])
+        if ((joined == 0) | (joined == ord("/"))).any() or ((lengths <= 2) & (joined[starts] == ord("."))).any():
             return None
-        return lengths, joined
-
-    def _names_in(
-        self, names: Names, offsets: Numbers, children: int, end: int, *, nowait: bool
-    ) -> tuple[Numbers, Numbers, Bytes] | None:
-        """Return (starts, lengths, bytes) of what stands at *offsets*: each name is in the bytes, where it starts."""
-        stretch = self._stretch(names, int(offsets.min()), int(offsets.max()), children, end, nowait=nowait)
-        if stretch is None:
-            found = [names.get(int(offset), nowait=nowait) for offset in offsets]
-            lengths = np.array([len(name) for name in found])
-            return np.cumsum(lengths) - lengths, lengths, np.frombuffer(b"".join(found), np.uint8)
-        starts = offsets - stretch.start
-        if starts.max() >= len(stretch.content):
-            return None  # the file is cut: who looks at each says so
-        lengths = stretch.content[starts].astype(np.int64)
-        if (starts + lengths).max() >= len(stretch.content):
-            return None
-        return starts + 1, lengths, stretch.content
+        # Back into the order of the listing.
+        back = np.argsort(order)
+        return lengths[back], joined[ranges(starts[back], lengths[back])]
 
     def _stretch(
         self, names: Names, first: int, last: int, children: int, names_end: int, *, nowait: bool
