@@ -27,13 +27,14 @@ class _Size:
     removed: int
     rounds: int
     remove_rounds: int
+    import_rounds: int
     disk_bytes: int
 
 
 SIZES = {
-    "tiny": _Size(40, 20, 60, 1, 1, 400 << 20),
-    "quick": _Size(300, 200, 1_000, 1, 1, 1 << 30),
-    "full": _Size(20_000, 2_000, 100_000, 3, 1, 16 << 30),
+    "tiny": _Size(40, 20, 60, 1, 1, 1, 400 << 20),
+    "quick": _Size(300, 200, 1_000, 1, 1, 1, 1 << 30),
+    "full": _Size(20_000, 2_000, 100_000, 5, 1, 9, 20 << 30),
 }
 
 
@@ -53,8 +54,8 @@ def run(site: Site, size: str) -> Result:
     fewer = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count < chosen.images)
     result.notes.append(
         f"`cp -r`: {chosen.images:,} images of {_IMAGE_BYTES:,} bytes, the source in the page cache, {chosen.rounds} "
-        "rounds; the data is left in the page cache by all. Import ends with all of it durable, and is held against "
-        "`cp -r` to XFS without and with `sync -f` behind it."
+        f"rounds; the data is left in the page cache by all. Import, {chosen.import_rounds} rounds, ends with all "
+        "of it durable, and is held against `cp -r` to XFS without and with `sync -f` behind it."
         + (f" Fewer go into what is slow, or cannot have as many files open: {fewer}." if fewer else "")
     )
     result.notes.append(
@@ -120,7 +121,7 @@ def _bring_in(site: Site, result: Result, lineup: Lineup, source: Path, chosen: 
     xfs = next(system for system in lineup.systems if isinstance(system, Xfs))
     store, plain = lineup.disk.path / "imported", xfs.directory / "copied"
     found: dict[str, list[float]] = {name: [] for name in (_IMPORTED, _COPIED, _SYNCED)}
-    for number, order in rounds(chosen.rounds, (_IMPORTED, _COPIED)):
+    for number, order in rounds(chosen.import_rounds, (_IMPORTED, _COPIED)):
         for what in order:
             if what == _IMPORTED:
                 site.make_store(store)

@@ -27,7 +27,7 @@ class _Size:
 SIZES = {
     "tiny": _Size(1, 0.1, 400 << 20),
     "quick": _Size(2, 0.3, 2 << 30),
-    "full": _Size(5, 2.0, 12 << 30),
+    "full": _Size(9, 1.2, 12 << 30),
 }
 
 
