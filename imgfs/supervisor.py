@@ -116,6 +116,7 @@ class Supervisor:
         self._fruitless = 0
         self._nudged: dict[int, tuple[int, int]] = {}  # number -> since when it read, when it was interrupted
         self._stopped: dict[int, int] = {}  # number -> since when it is stopped, by SIGSTOP
+        self._looked_ns = self._resumed_ns = time.monotonic_ns()
         self._oom_kills = child.oom_kills()
         self._stop_signals = 0
         self._forced_at: float | None = None
@@ -347,6 +348,9 @@ class Supervisor:
 
     def _interrupt_those_who_stand_still(self) -> None:
         now_ns = time.monotonic_ns()
+        if now_ns - self._looked_ns > _STANDSTILL_NS:
+            self._resumed_ns = now_ns  # we stood still, too: all of us were frozen, and workers had no turn either
+        self._looked_ns = now_ns
         for pid, number in self._workers.items():
             post = self._board.posts[number]
             # It may hold the lock of the store, and all others wait for that.
@@ -368,7 +372,7 @@ class Supervisor:
                 elif now_ns - nudged_ns > _STANDSTILL_NS:
                     log.warning("worker %d (process %d) stands still while it reads; it is killed", number, pid)
                     os.kill(pid, signal.SIGKILL)
-            elif post.beat_ns and now_ns - post.beat_ns > _NO_BEAT_NS:
+            elif post.beat_ns and now_ns - max(post.beat_ns, self._resumed_ns) > _NO_BEAT_NS:
                 log.warning("worker %d (process %d) has stood still for a minute; it is killed", number, pid)
                 os.kill(pid, signal.SIGKILL)
                 return

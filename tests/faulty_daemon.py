@@ -16,7 +16,7 @@ from typing import Any
 
 from pyfuse3 import FUSEError
 
-from imgfs import maintenance, wire, worker
+from imgfs import maintenance, supervisor, wire, worker
 from imgfs.acts import Acts
 from imgfs.cli import main
 from imgfs.disk import Disk, WouldBlock
@@ -56,6 +56,11 @@ def count_requests(path: str) -> None:
     from bench.counting import count_in
 
     count_in(path)
+
+
+def little_patience(seconds: str) -> None:
+    """A worker that stands still for so long, in whatever way, is killed."""
+    supervisor._NO_BEAT_NS = supervisor._STANDSTILL_NS = int(float(seconds) * 1e9)
 
 
 def never_resent(_: str) -> None:
@@ -262,6 +267,7 @@ FAULTS = {
     "hang-at-name": hang_at_name,
     "hang-in-a-read": hang_in_a_read,
     "hang-behind-a-read": hang_behind_a_read,
+    "little-patience": little_patience,
     "never-at-once": never_at_once,
     "never-resent": never_resent,
     "no-handler-syncs": no_handler_syncs,

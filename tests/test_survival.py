@@ -287,6 +287,24 @@ def test_a_worker_that_hangs_while_it_reads_is_interrupted(stopped: Mounted, tmp
     assert stopped.children("worker") == pids
 
 
+def test_workers_are_not_blamed_for_a_time_when_all_of_the_daemon_was_frozen(stopped: Mounted) -> None:
+    stopped.start("workers=2", fault=("little-patience", "5"))
+    assert stopped.process is not None
+    pids = stopped.children("worker")
+    # The supervisor first: it would put others in the place of workers that stand still.
+    processes = [stopped.process.pid, *stopped.children()]
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(6)
+    os.kill(processes[0], signal.SIGCONT)
+    time.sleep(0.3)  # it looks before they have a turn
+    for pid in processes[1:]:
+        os.kill(pid, signal.SIGCONT)
+    for number in range(20):
+        (stopped.point / f"{number}").write_bytes(b"x")
+    assert stopped.children("worker") == pids
+
+
 def test_what_was_read_and_not_noted_is_not_done_later_than_what_was_sent_again(
     stopped: Mounted, tmp_path: Path
 ) -> None:
