@@ -190,6 +190,8 @@ class Express:
     def _opendir(self, asked: Asked) -> Reply:
         # What a directory shows depends on who asks, where images are published when they are closed.
         keep = 0 if self._acts.manner.publish_at_close else KEEP_CACHE | CACHE_DIRECTORY
+        if self._listers.wants_anew(asked.thread, asked.node):
+            keep &= ~KEEP_CACHE
         return replies.opened(asked.unique, asked.node, keep)
 
     def _releasedir(self, asked: Asked) -> Reply:

@@ -9,7 +9,8 @@ time and looked up nothing gets names alone, until it looks one up. Who looks at
 they come with attributes; so he is tried again now and then, which costs him the entries of one answer.
 
 The kernel keeps listings until the directory changes. Of one with names alone whoever lists the directory next would
-have to look up every entry: so the first entry that is looked up is the end of it.
+have to look up every entry: so the first entry that is looked up is the end of it, and whoever has looked one up gets
+the next directories anew.
 
 *Concurrency:* on the loops of all workers, and in their threads, each word and byte stored in one step. All of it are
 hints: what two store at once, or who shares a word with another, costs time at most.
@@ -49,15 +50,25 @@ class Listers:
 
     def looked_up(self, thread: int, directory: int) -> None:
         """Note that *thread* has asked for an entry of *directory* which is no directory itself."""
-        at = thread % _THREADS
+        at, bare = thread % _THREADS, self._bare[directory % _DIRECTORIES]
         word = self._threads[at]
-        if word and word >> _LEFT_BITS == thread:
+        if bare or (word and word >> _LEFT_BITS == thread):
             self._threads[at] = thread << _LEFT_BITS | PATIENCE_WITH_USER + 1
-        if self._bare[directory % _DIRECTORIES]:
-            self._bare[directory % _DIRECTORIES] = 0
+        if bare:
             self._outdated.add(directory)
+
+    def wants_anew(self, thread: int, directory: int) -> bool:
+        """Return whether *thread*, which is going to list *directory*, has use for more than the kernel has of it."""
+        word = self._threads[thread % _THREADS]
+        if word >> _LEFT_BITS != thread or word & (1 << _LEFT_BITS) - 1 <= PATIENCE + 1:
+            return False
+        bare = self._bare[directory % _DIRECTORIES]
+        self._bare[directory % _DIRECTORIES] = 0
+        return bool(bare)
 
     def outdated(self) -> set[int]:
         """Return the directories whose listing the kernel shall forget, each once."""
         outdated, self._outdated = self._outdated, set()
+        for directory in outdated:
+            self._bare[directory % _DIRECTORIES] = 0
         return outdated

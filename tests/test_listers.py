@@ -1,6 +1,7 @@
 """Who looks at nothing but names gets names alone, and nobody who looks at more pays for it for long."""
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,15 +59,41 @@ def test_what_the_kernel_has_names_alone_of_is_outdated_once_by_any_look() -> No
     other.looked_up(THREAD + 1, OTHER)
     assert not other.outdated()
     other.looked_up(THREAD + 1, DIRECTORY)
+    other.looked_up(THREAD + 1, DIRECTORY)
     assert other.outdated() == {DIRECTORY}
     other.looked_up(THREAD + 1, DIRECTORY)
     one.looked_up(THREAD, DIRECTORY)
     assert not other.outdated() | one.outdated(), "once is enough"
 
 
+def test_who_has_looked_an_entry_up_lists_anew_what_the_kernel_has_names_alone_of() -> None:
+    listers = Listers()
+    assert not listers.wants_anew(THREAD, DIRECTORY)
+    answers_with_attributes(listers)
+    assert not listers.wants_anew(THREAD, DIRECTORY), "names are all it wants"
+    assert not listers.wants_anew(THREAD + 1, DIRECTORY), "nobody knows what it wants"
+    listers.wants_names_alone(THREAD, OTHER)
+    listers.looked_up(THREAD + 1, DIRECTORY)
+    assert listers.wants_anew(THREAD + 1, OTHER)
+    assert not listers.wants_anew(THREAD + 1, OTHER), "now it has more"
+
+
 # -- through the kernel -------------------------------------------------------------------------------------------
 
+
+def by_another_thread(call: Callable[[int], object], number: int) -> None:
+    thread = threading.Thread(target=call, args=(number,))
+    thread.start()
+    thread.join()
+
+
 DIRECTORIES, EACH = PATIENCE + 8, 20
+TRIES = 3
+
+
+def drops() -> int:
+    """Return how often somebody has dropped the caches of the whole machine, as other tests do."""
+    return sum(int(line.split()[1]) for line in Path("/proc/vmstat").read_text().splitlines() if "drop_" in line[:5])
 
 
 @pytest.mark.mount
@@ -80,34 +107,47 @@ def test_the_kernel_is_asked_for_each_entry_only_until_it_is_seen_that_somebody_
         for image in range(EACH):
             (source / f"{number:02}" / f"{image}.jpg").write_bytes(bytes(image + 1))
     imgfs("import", "--quiet", source, stopped.store)
-    counts = make_counts(tmp_path / "counts")
-    fault = ("count-requests", str(counts))
-    stopped.start("allow_other,workers=1", fault=fault, environment={"PYTHONPATH": str(PROJECT)})
+    for tries_left in reversed(range(TRIES)):
+        before = drops()
+        stopped.start(
+            "allow_other,workers=1",
+            fault=("count-requests", str(make_counts(tmp_path / "counts"))),
+            environment={"PYTHONPATH": str(PROJECT)},
+        )
+        try:
+            list_and_look(stopped.point, tmp_path / "counts")
+            return
+        except AssertionError:
+            if drops() == before or not tries_left:
+                raise
+        stopped.stop()
 
+
+def list_and_look(point: Path, counts: Path) -> None:
     def asked(what: str, call: Callable[[], object]) -> int:
         before = read_counts(counts)[what]
         call()
         return read_counts(counts)[what] - before
 
     def names(number: int) -> set[str]:
-        with os.scandir(stopped.point / f"{number:02}") as found:
+        with os.scandir(point / f"{number:02}") as found:
             return {entry.name for entry in found if entry.is_file(follow_symlinks=False)}
 
     def look(number: int, images: range = range(EACH)) -> None:
         for image in images:
-            assert os.stat(stopped.point / f"{number:02}" / f"{image}.jpg").st_size == image + 1
+            assert os.stat(point / f"{number:02}" / f"{image}.jpg").st_size == image + 1
 
     expected = {f"{image}.jpg" for image in range(EACH)}
-    assert len(os.listdir(stopped.point)) == DIRECTORIES
+    assert len(os.listdir(point)) == DIRECTORIES
     for number in range(DIRECTORIES):
         assert names(number) == expected
     assert asked("lookup", lambda: look(0)) == 0, "attributes came with the names"
-    last = DIRECTORIES - 1
-    for number in (last, last - 1):
-        assert asked("readdir", lambda n=number: names(n)) == 0, "the kernel keeps names"  # type: ignore[misc]
-    assert asked("lookup", lambda: look(last, range(1))) == 1
-    # Soon the kernel forgets that listing, and only that; then it comes with attributes.
-    wait_until(lambda: asked("readdir", lambda: names(last)) > 0, "the directory is listed anew")
-    assert names(last) == expected
-    assert asked("lookup", lambda: look(last)) == 0
-    assert asked("readdir", lambda: names(last - 1)) == 0
+    one, other = DIRECTORIES - 1, DIRECTORIES - 2
+    assert asked("lookup", lambda: look(one, range(1))) == 1, "they did not"
+    # Soon the kernel forgets that listing; then it comes with attributes.
+    wait_until(lambda: asked("readdir", lambda: by_another_thread(names, one)) > 0, "it is listed anew")
+    assert asked("lookup", lambda: look(one)) == 0
+    # Who has looked one up gets attributes of the other directories, too.
+    assert asked("readdir", lambda: names(other)) > 0
+    assert asked("lookup", lambda: look(other)) == 0
+    assert names(one) == names(other) == expected
