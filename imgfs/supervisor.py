@@ -145,7 +145,7 @@ class Supervisor:
             while not self._ended:
                 got = signal.sigtimedwait(_SIGNALS, _TICK_S)
                 try:
-                    if got is not None:
+                    if got is not None and got.si_signo in _SIGNALS:  # CPython says 0 after it was stopped for long
                         self._on_signal(got.si_signo)
                     self._look_after()
                 except OSError:
