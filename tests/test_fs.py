@@ -153,9 +153,9 @@ async def _runs_for_one_who_comes_twice() -> int:
 
 
 async def test_who_was_served_and_comes_back_at_once_shares_the_next_with_those_who_waited() -> None:
-    # The wait is 2 ms: on a busy machine he may come too late, but not each time.
-    runs = [await _runs_for_one_who_comes_twice() for _ in range(10)]
-    assert 2 in runs, "without that there are three: one for the others in between"
+    # The wait is 2 ms: on a busy machine he may come too late, but mostly he does not.
+    runs = [await _runs_for_one_who_comes_twice() for _ in range(11)]
+    assert sorted(runs)[5] == 2, f"without that there mostly are three, one for the others in between: {runs}"
 
 
 async def test_a_failed_sync_fails_for_all_it_was_for_and_for_nobody_else() -> None:
