@@ -96,17 +96,14 @@ class Images:
     def check_kept(self, inode: int) -> None:
         """Raise DiskFailure if what was flushed of *inode* lies behind the end of its volume: a sync failed. Stale."""
         if self._lies_behind(inode):
-            # What was stored again elsewhere may be moving there just now.
-            self._table.memory.pass_through(nowait=False)
-            if self._lies_behind(inode):
-                raise DiskFailure(f"the disk lost what was written to inode {inode:#x}")
+            self._table.memory.pass_through(nowait=False)  # what was stored again may just be moving there
+        if self._lies_behind(inode):
+            raise DiskFailure(f"the disk lost what was written to inode {inode:#x}")
 
     def _lies_behind(self, inode: int) -> bool:
         record = self.record(inode)
-        if record.kind == Kind.DIRECTORY or record.flags & Flag.UNBORN:
-            return False
-        row = self._table.volume(record.volume)
-        return bool(row.flags & VOLUME_SEALED) and record.offset8 * ALIGNMENT >= row.end
+        row, has_data = self._table.volume(record.volume), not record.flags & Flag.UNBORN and record.kind != _DIRECTORY
+        return has_data and row.flags & VOLUME_SEALED != 0 and record.offset8 * ALIGNMENT >= row.end
 
     # -- reading ----------------------------------------------------------------------------------------------
 
