@@ -39,36 +39,41 @@ class Listers:
 
     def wants_names_alone(self, thread: int, directory: int) -> bool:
         """Return whether *thread*, which gets another answer about *directory*, has no use for attributes."""
-        at = thread % _THREADS
-        word = self._threads[at]
-        left = word & (1 << _LEFT_BITS) - 1 if word and word >> _LEFT_BITS == thread else PATIENCE + 1
+        left = self._left(thread) or PATIENCE + 1
         if left > 1:
-            self._threads[at] = thread << _LEFT_BITS | left - 1
+            self._leave(thread, left - 1)
             return False
         self._bare[directory % _DIRECTORIES] = 1
         return True
 
     def looked_up(self, thread: int, directory: int) -> None:
         """Note that *thread* has asked for an entry of *directory* which is no directory itself."""
-        at, bare = thread % _THREADS, self._bare[directory % _DIRECTORIES]
-        word = self._threads[at]
-        if bare or (word and word >> _LEFT_BITS == thread):
-            self._threads[at] = thread << _LEFT_BITS | PATIENCE_WITH_USER + 1
+        bare = self._bare[directory % _DIRECTORIES]
+        if bare or self._left(thread):
+            self._leave(thread, PATIENCE_WITH_USER + 1)
         if bare:
             self._outdated.add(directory)
 
     def wants_anew(self, thread: int, directory: int) -> bool:
         """Return whether *thread*, which is going to list *directory*, has use for more than the kernel has of it."""
-        word = self._threads[thread % _THREADS]
-        if word >> _LEFT_BITS != thread or word & (1 << _LEFT_BITS) - 1 <= PATIENCE + 1:
+        if self._left(thread) <= PATIENCE + 1:
             return False
         bare = self._bare[directory % _DIRECTORIES]
         self._bare[directory % _DIRECTORIES] = 0
         return bool(bare)
 
-    def outdated(self) -> set[int]:
+    def outdated(self) -> list[int]:
         """Return the directories whose listing the kernel shall forget, each once."""
-        outdated, self._outdated = self._outdated, set()
+        # A copy, made in one step: a thread that looks something up may still add to the old one.
+        outdated, self._outdated = list(self._outdated), set()
         for directory in outdated:
             self._bare[directory % _DIRECTORIES] = 0
         return outdated
+
+    def _left(self, thread: int) -> int:
+        """Return how many answers with attributes *thread* still gets, plus 1; 0: nothing is known of it."""
+        word = self._threads[thread % _THREADS]
+        return word & (1 << _LEFT_BITS) - 1 if word >> _LEFT_BITS == thread else 0
+
+    def _leave(self, thread: int, left: int) -> None:
+        self._threads[thread % _THREADS] = thread << _LEFT_BITS | left

@@ -60,10 +60,10 @@ def test_what_the_kernel_has_names_alone_of_is_outdated_once_by_any_look() -> No
     assert not other.outdated()
     other.looked_up(THREAD + 1, DIRECTORY)
     other.looked_up(THREAD + 1, DIRECTORY)
-    assert other.outdated() == {DIRECTORY}
+    assert other.outdated() == [DIRECTORY]
     other.looked_up(THREAD + 1, DIRECTORY)
     one.looked_up(THREAD, DIRECTORY)
-    assert not other.outdated() | one.outdated(), "once is enough"
+    assert not other.outdated() + one.outdated(), "once is enough"
 
 
 def test_who_has_looked_an_entry_up_lists_anew_what_the_kernel_has_names_alone_of() -> None:
