@@ -16,7 +16,7 @@ from bench.counting import make_counts, read_counts
 from bench.measure import say
 from bench.result import Result
 from bench.serving import MountServer
-from bench.site import Site
+from bench.site import Site, caches_dropped
 from bench.trees import make_tree
 
 _IMAGE_BYTES = 20_000
@@ -65,12 +65,6 @@ def _for_attributes(made: Counter[str]) -> int:
     return sum(count for handler, count in made.items() if handler.endswith("xattr"))
 
 
-def _caches_dropped() -> str:
-    """Return how often somebody has let the kernel forget what it had: whoever did costs us requests."""
-    with open("/proc/vmstat", encoding="ascii") as lines:
-        return "".join(line for line in lines if line.startswith("drop_"))
-
-
 def _counted(site: Site, images: int, options: str) -> "_Bench":
     bench = _Bench(site, images, options)
     bench.fill()
@@ -98,7 +92,7 @@ class _Bench:
     @contextmanager
     def _mounted(self) -> Iterator[MountServer]:
         with self._site.mounted(self._store, "bench.counting", self._counts, self._options) as mounted:
-            self._dropped = _caches_dropped()
+            self._dropped = caches_dropped()
             yield mounted
 
     def _count(self, what: str, operation: Callable[[], object]) -> None:
@@ -109,7 +103,7 @@ class _Bench:
         which = ", ".join(f"{name} {count / self._images:.2f}" for name, count in made.most_common())
         say(f"{self._options}: {what}: {made.total() / self._images:.2f} per image: {which}")
         self.counted[what] = made
-        if _caches_dropped() != self._dropped:
+        if caches_dropped() != self._dropped:
             self.disturbed.add(what)
 
     def _settled(self) -> Counter[str]:

@@ -9,6 +9,7 @@ import pytest
 from mounted import PROJECT, Mounted, imgfs, wait_until
 
 from bench.counting import make_counts, read_counts
+from bench.site import caches_dropped
 from imgfs.board import Board
 from imgfs.listers import PATIENCE, PATIENCE_WITH_USER, Listers
 
@@ -91,11 +92,6 @@ DIRECTORIES, EACH = PATIENCE + 8, 20
 TRIES = 3
 
 
-def drops() -> int:
-    """Return how often somebody has dropped the caches of the whole machine, as other tests do."""
-    return sum(int(line.split()[1]) for line in Path("/proc/vmstat").read_text().splitlines() if "drop_" in line[:5])
-
-
 @pytest.mark.mount
 @pytest.mark.root
 def test_the_kernel_is_asked_for_each_entry_only_until_it_is_seen_that_somebody_looks(
@@ -108,7 +104,7 @@ def test_the_kernel_is_asked_for_each_entry_only_until_it_is_seen_that_somebody_
             (source / f"{number:02}" / f"{image}.jpg").write_bytes(bytes(image + 1))
     imgfs("import", "--quiet", source, stopped.store)
     for tries_left in reversed(range(TRIES)):
-        before = drops()
+        before = caches_dropped()
         stopped.start(
             "allow_other,workers=1",
             fault=("count-requests", str(make_counts(tmp_path / "counts"))),
@@ -118,7 +114,7 @@ def test_the_kernel_is_asked_for_each_entry_only_until_it_is_seen_that_somebody_
             list_and_look(stopped.point, tmp_path / "counts")
             return
         except AssertionError:
-            if drops() == before or not tries_left:
+            if caches_dropped() == before or not tries_left:
                 raise
         stopped.stop()
 
