@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import sdnotify
 
-from imgfs import child, handover, mountpoint, wire
+from imgfs import child, handover, mountpoint, ticks, wire
 from imgfs.board import WORKERS_MAX, Board
 from imgfs.device import Device
 from imgfs.errors import EXIT_BUSY, EXIT_OK, MountFailed
@@ -51,9 +51,6 @@ _ROLL_FORWARD_TRIES = 3
 _POLL_S = 0.0005
 # When all is unmounted, workers end by themselves.
 _END_S = 10.0
-# Writing the stacks of all threads takes a process less.
-_DUMP_S = 0.05
-_DUMP_BYTES_MAX = 1 << 20
 _SAID_BYTES_MAX = 4096
 
 
@@ -134,29 +131,32 @@ class Supervisor:
         Raises:
             MountFailed: it does not answer, or one worker after the other dies.
         """
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
-            if self._takes_over:
-                self._take_over()
-            else:
-                self._start_workers()
-                self._start_maintenance()
-                self._start_task("announcer", self._plan.announce, self._announced, FIRST_ANSWER_S)
-            while not self._ended:
-                got = signal.sigtimedwait(_SIGNALS, _TICK_S)
-                try:
-                    if got is not None and got.si_signo in _SIGNALS:  # CPython says 0 after it was stopped for long
-                        self._on_signal(got.si_signo)
-                    self._look_after()
-                except OSError:
-                    # No memory or no process left for a child; the next turn tries again.
-                    log.exception("the supervisor of %s goes on", self._plan.path)
-                    time.sleep(_TICK_S)
-        finally:
-            self._end_all()
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with ticks.waiting_for(_SIGNALS, _TICK_S) as next_signal:
+            try:
+                self._begin()
+                while not self._ended:
+                    self._take_turn(next_signal())
+            finally:
+                self._end_all()
         if self._failure is not None:
             raise self._failure
+
+    def _begin(self) -> None:
+        if self._takes_over:
+            self._take_over()
+            return
+        self._start_workers()
+        self._start_maintenance()
+        self._start_task("announcer", self._plan.announce, self._announced, FIRST_ANSWER_S)
+
+    def _take_turn(self, number: int) -> None:
+        try:
+            self._on_signal(number)
+            self._look_after()
+        except OSError:
+            # No memory or no process left for a child; the next turn tries again.
+            log.exception("the supervisor of %s goes on", self._plan.path)
+            time.sleep(_TICK_S)
 
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGCHLD:
@@ -165,7 +165,7 @@ class Supervisor:
             self._try_upgrade()
         elif number == signal.SIGUSR1:
             self._dump_state()
-        else:
+        elif number != ticks.TICK:
             log.info("%s: stopping", signal.Signals(number).name)
             self._stop()
 
@@ -357,7 +357,7 @@ class Supervisor:
             stopped_since = (
                 self._stopped.setdefault(number, now_ns) if child.is_stopped(pid) else self._stopped.pop(number, 0)
             )
-            if stopped_since and now_ns - stopped_since > _STANDSTILL_NS:
+            if stopped_since and now_ns - max(stopped_since, self._resumed_ns) > _STANDSTILL_NS:
                 log.warning("worker %d (process %d) was stopped by a signal; it is killed", number, pid)
                 os.kill(pid, signal.SIGKILL)
                 continue
@@ -369,7 +369,7 @@ class Supervisor:
                     self._nudged[number] = since_ns, now_ns
                     log.info("worker %d (process %d) stands still while it reads; it is interrupted", number, pid)
                     os.kill(pid, child.NUDGE)
-                elif now_ns - nudged_ns > _STANDSTILL_NS:
+                elif now_ns - max(nudged_ns, self._resumed_ns) > _STANDSTILL_NS:
                     log.warning("worker %d (process %d) stands still while it reads; it is killed", number, pid)
                     os.kill(pid, signal.SIGKILL)
             elif post.beat_ns and now_ns - max(post.beat_ns, self._resumed_ns) > _NO_BEAT_NS:
@@ -391,11 +391,7 @@ class Supervisor:
             self._dump_stacks(self._maintenance)
 
     def _dump_stacks(self, pid: int) -> None:
-        os.ftruncate(self._dump, 0)
-        os.lseek(self._dump, 0, os.SEEK_SET)
-        os.kill(pid, child.DUMP)
-        time.sleep(_DUMP_S)
-        for line in os.pread(self._dump, _DUMP_BYTES_MAX, 0).decode(errors="replace").splitlines():
+        for line in child.stacks(pid, self._dump):
             log.info("  %s", line)
 
     # -- an upgrade -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 from pyfuse3 import FUSEError
 
-from imgfs import maintenance, supervisor, wire, worker
+from imgfs import child, maintenance, supervisor, wire, worker
 from imgfs.acts import Acts
 from imgfs.cli import main
 from imgfs.disk import Disk, WouldBlock
@@ -61,6 +61,21 @@ def count_requests(path: str) -> None:
 def little_patience(seconds: str) -> None:
     """A worker that stands still for so long, in whatever way, is killed."""
     supervisor._NO_BEAT_NS = supervisor._STANDSTILL_NS = int(float(seconds) * 1e9)
+
+
+def frozen_in_a_look(marker: str) -> None:
+    """Where the file *marker* is, all of the daemon is stopped just when the supervisor looks whether a worker is."""
+    little_patience("2")
+    is_stopped = child.is_stopped
+
+    def freeze(pid: int) -> bool:
+        if _claim(marker) is not None:
+            for each in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+                os.kill(int(each), signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return is_stopped(pid)
+
+    child.is_stopped = freeze
 
 
 def never_resent(_: str) -> None:
@@ -263,6 +278,7 @@ FAULTS = {
     "die-at-name": die_at_name,
     "die-at-start": die_at_start,
     "die-at-step": die_at_step,
+    "frozen-in-a-look": frozen_in_a_look,
     "hold-a-read": hold_a_read,
     "hang-at-name": hang_at_name,
     "hang-in-a-read": hang_in_a_read,

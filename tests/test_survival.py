@@ -23,6 +23,7 @@ from mounted import PROJECT, WORKER_DEATHS, Mounted, children_of, imgfs, wait_un
 from web_server import Nginx
 
 from imgfs import mountpoint
+from imgfs.child import is_stopped
 from imgfs.errors import EXIT_MOUNT
 from imgfs.opening import owner
 
@@ -287,17 +288,25 @@ def test_a_worker_that_hangs_while_it_reads_is_interrupted(stopped: Mounted, tmp
     assert stopped.children("worker") == pids
 
 
-def test_workers_are_not_blamed_for_a_time_when_all_of_the_daemon_was_frozen(stopped: Mounted) -> None:
-    stopped.start("workers=2", fault=("little-patience", "5"))
+@pytest.mark.parametrize("in_a_look", [False, True])
+def test_workers_are_not_blamed_for_a_time_when_all_of_the_daemon_was_frozen(
+    stopped: Mounted, tmp_path: Path, in_a_look: bool
+) -> None:
+    marker = tmp_path / "marker"
+    stopped.start("workers=2", fault=("frozen-in-a-look", str(marker)))
     assert stopped.process is not None
     pids = stopped.children("worker")
     # The supervisor first: it would put others in the place of workers that stand still.
     processes = [stopped.process.pid, *stopped.children()]
-    for pid in processes:
-        os.kill(pid, signal.SIGSTOP)
-    time.sleep(6)
+    if in_a_look:
+        marker.touch()
+        wait_until(lambda: is_stopped(processes[0]), "all are stopped")
+    else:
+        for pid in processes:
+            os.kill(pid, signal.SIGSTOP)
+    time.sleep(3)
     os.kill(processes[0], signal.SIGCONT)
-    time.sleep(0.3)  # it looks before they have a turn
+    time.sleep(0.6)  # it looks before they have a turn, more than once
     for pid in processes[1:]:
         os.kill(pid, signal.SIGCONT)
     for number in range(20):
