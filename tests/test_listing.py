@@ -1,31 +1,24 @@
 """Many entries at a time are what one by one are, byte for byte; where they might not be, nobody takes them so."""
 
 import dataclasses
-import errno
 import stat
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from random import Random
 
 import pytest
-from compacted import compact
 from hostile import NAMES
-from stores import TINY, abandon_all, disk_of, new_store, open_store, put, reopened, write_image
+from listings import LARGE, entries, filled, of_everything, taken
+from stores import abandon_all, disk_of, new_store, open_store, put, reopened
 
 from imgfs import replies
-from imgfs.acts import Acts, Manner
-from imgfs.disk import Buffer, WouldBlock
-from imgfs.errors import Damaged, DiskFailure, NotADirectory, Stale
+from imgfs.acts import Acts
+from imgfs.errors import Damaged, NotADirectory, Stale
 from imgfs.format import slot_of
-from imgfs.index import Names, index_paths
 from imgfs.layout import Word
-from imgfs.listing import CHILDREN_MIN, Page, _Stretch
-from imgfs.store import ROOT, Store
-from imgfs.volumes import OpenVolume
+from imgfs.listing import CHILDREN_MIN, Page
+from imgfs.store import ROOT
 
 ANSWER_BYTES = 4096
-DEADLINE_S = 60
-LARGE = dataclasses.replace(TINY, volume_bytes_max=1 << 30)
 
 
 @pytest.fixture(autouse=True)
@@ -36,23 +29,7 @@ def _no_store_stays_open() -> Iterator[None]:
 
 @pytest.fixture
 def acts() -> Acts:
-    """Of a store with some of everything, in more than one volume."""
-    random = Random(5)
-    store = new_store()
-    for number in range(400):
-        name = random.randbytes(random.choice((1, 2, 7, 8, 9, 40, 127))).hex().encode()
-        mode, size = random.choice((0o644, 0o600, 0o4755)), random.randrange(600)
-        times = random.randrange(-(1 << 60), 1 << 62)
-        inode = store.put(ROOT, name, bytes(size), size, mode=mode, uid=number % 3, gid=number % 5, mtime_ns=times)
-        if number % 7 == 0:
-            store.access_times.put(inode, random.randrange(1 << 60))
-        if number % 20 == 0:
-            directory = store.mkdir(ROOT, b"directory %d" % number, 0o2750, 3, 4)
-            store.mkdir(directory, b"below", 0o700, 0, 0)
-            store.symlink(ROOT, b"symlink %d" % number, b"somewhere", 5, 6)
-            store.special(ROOT, b"special %d" % number, stat.S_IFBLK | 0o660, 0x0801 + number, 7, 8)
-    assert len(store._volumes.rows()) > 1
-    return Acts(store, Manner(60.5))
+    return of_everything()
 
 
 def page_of(acts: Acts, position: int, size: int = ANSWER_BYTES, *, bare: bool = False) -> bytes | None:
@@ -85,21 +62,6 @@ def listed(answer: bytes) -> list[tuple[tuple[int, ...], bytes]]:
 def last_position(answer: bytes) -> int:
     found = listed(answer)
     return found[-1][0][-3] if found else 0
-
-
-def entries(store: Store, directory: int = ROOT, count: int = 50) -> list[tuple[int, int, bytes]]:
-    """Return all of *directory*, taken in pages."""
-    found: list[tuple[int, int, bytes]] = []
-    while True:
-        page = store.page(directory, found[-1][0] if found else 0, count)
-        assert page is not None
-        if not len(page.keys):
-            return found
-        at = 0
-        for key, inode, length in zip(page.keys, page.inodes, page.name_lengths, strict=True):
-            found.append((int(key), int(inode), page.names[at : at + length].tobytes()))
-            at += int(length)
-        assert at == len(page.names)
 
 
 # -- the same -----------------------------------------------------------------------------------------------------
@@ -198,17 +160,6 @@ def test_a_store_that_is_only_read_has_names_that_no_file_has() -> None:
 
 
 # -- what is left to who looks at each -----------------------------------------------------------------------------
-
-
-def filled(count: int = 40) -> Store:
-    store = new_store(LARGE)
-    for number in range(count):
-        put(store, ROOT, b"%d" % number)
-    return store
-
-
-def taken(store: Store) -> Page | None:
-    return store.page(ROOT, 0, 1000)
 
 
 def test_what_is_being_written_is_looked_at() -> None:
@@ -320,182 +271,6 @@ def test_no_directory() -> None:
 
 def test_few_children_are_looked_at() -> None:
     assert taken(filled(CHILDREN_MIN - 1)) is None
-
-
-# -- names --------------------------------------------------------------------------------------------------------
-
-
-class Reads:
-    """What is read of `.names`."""
-
-    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-        names = store._volumes.get(0).names
-        self.sizes: list[int] = []
-        read = names.stretch
-
-        def counted(offset: int, size: int, *, nowait: bool = False) -> bytes:
-            self.sizes.append(size)
-            if nowait:
-                raise WouldBlock
-            return read(offset, size)
-
-        monkeypatch.setattr(names, "stretch", counted)
-
-
-def test_names_are_read_once_and_forgotten_when_the_listing_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = new_store(LARGE)
-    for number in range(3000):
-        put(store, ROOT, b"%0200d" % number)
-    reads = Reads(store, monkeypatch)
-    assert len(entries(store)) == 3000
-    assert reads.sizes == [store._memory.words[Word.NAMES_END]]
-    assert not store.forget_listings()  # of what was listed since the last time, nothing
-    store.page(ROOT, 0, 10)
-    assert len(reads.sizes) == 1
-    assert not store.forget_listings()
-    assert store.forget_listings()
-    assert not store.forget_listings()  # there is nothing
-    store.page(ROOT, 0, 10)
-    assert len(reads.sizes) == 2
-
-
-def test_many_who_wait_for_the_same_names_read_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = filled()
-    names = store._volumes.get(0).names
-    read, reads, began, go_on = names.stretch, 0, threading.Event(), threading.Event()
-
-    def slow(offset: int, size: int, *, nowait: bool = False) -> bytes:
-        nonlocal reads
-        reads += 1
-        began.set()
-        assert go_on.wait(DEADLINE_S)
-        return read(offset, size, nowait=nowait)
-
-    monkeypatch.setattr(names, "stretch", slow)
-    found: list[int] = []
-    threads = [threading.Thread(target=lambda: found.append(len(entries(store)))) for _ in range(4)]
-    threads[0].start()
-    assert began.wait(DEADLINE_S)
-    kept_of, looked = store._listing._kept, threading.Semaphore(0)
-
-    def looks(names: Names, first: int, last: int) -> _Stretch | None:
-        kept = kept_of(names, first, last)
-        looked.release()
-        return kept
-
-    monkeypatch.setattr(store._listing, "_kept", looks)
-    for thread in threads[1:]:
-        thread.start()
-        assert looked.acquire(timeout=DEADLINE_S)
-    go_on.set()
-    for thread in threads:
-        thread.join(DEADLINE_S)
-        assert not thread.is_alive()
-    assert found == [40] * 4
-    assert reads == 1
-
-
-def test_who_must_not_wait_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = filled()
-    Reads(store, monkeypatch)
-    with pytest.raises(WouldBlock):
-        store.page(ROOT, 0, 10, nowait=True)
-
-
-def test_names_that_came_since_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = filled()
-    assert len(entries(store)) == 40
-    write_image(store, ROOT, b"one more")
-    assert b"one more" in {name for *_, name in entries(store)}
-    assert entries(store) == list(store.list(ROOT))
-
-
-def test_a_name_whose_append_failed_is_not_that_of_what_comes_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = filled()
-    disk = disk_of(store)
-    write = disk.write
-
-    def fail_behind_the_name(file: int, offset: int, buffers: Sequence[Buffer]) -> None:
-        write(file, offset, buffers)
-        if bytes(buffers[0]) == b"\x05wrong":
-            assert len(entries(store)) == 40
-            raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(disk, "write", fail_behind_the_name)
-    with pytest.raises(DiskFailure):
-        put(store, ROOT, b"wrong")
-    put(store, ROOT, b"right")
-    assert entries(store) == list(store.list(ROOT))
-    assert b"right" in {name for *_, name in entries(store)}
-
-
-def test_names_far_from_each_other_are_read_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = new_store(LARGE)
-    directory = store.mkdir(ROOT, b"directory", 0o755, 0, 0)
-    for number in range(40):
-        put(store, directory, b"%d" % number)
-        for other in range(20):
-            put(store, ROOT, b"%0250d" % (20 * number + other))
-    reads = Reads(store, monkeypatch)
-    assert entries(store, directory) == list(store.list(directory))
-    assert not reads.sizes
-    assert len(entries(store)) == 801
-    assert reads.sizes
-
-
-def test_of_many_volumes_no_more_names_are_kept_than_may_be(acts: Acts, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = acts._store
-    monkeypatch.setattr("imgfs.listing._STRETCHES_BYTES_MAX", 15_000)
-    listed = [(entry.key, entry.inode, entry.name) for entry in store.list(ROOT)]
-    assert entries(store) == listed
-    kept = [len(stretch.content) for stretch in store._listing._stretches.values()]
-    assert len(store._volumes.rows()) > len(kept) > 0
-    assert sum(kept) <= 15_000
-
-
-def test_a_volume_that_is_gone_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compaction has moved the needles, and removed the volume, between table and names."""
-    store = filled()
-
-    def stale(row: int) -> None:
-        raise Stale("the volume is removed")
-
-    monkeypatch.setattr(store._volumes, "get", stale)
-    assert taken(store) is None
-
-
-@pytest.mark.parametrize("cut", [False, True])
-def test_the_row_of_a_volume_may_be_anothers_meanwhile(monkeypatch: pytest.MonkeyPatch, cut: bool) -> None:
-    """It was compacted between table and names, and the store went on in its row."""
-    store = new_store()
-    directory = store.mkdir(ROOT, b"directory", 0o755, 0, 0)
-    for number in range(40):
-        put(store, directory, b"%02d" % number)
-    put(store, ROOT, b"fills", bytes(TINY.volume_bytes_max - 20_000))
-    put(store, ROOT, b"in the next", bytes(30_000))
-    before = entries(store, directory)
-    store.forget_listings()
-    store.forget_listings()
-    get = store._volumes.get
-
-    def compacted(row: int) -> OpenVolume:
-        monkeypatch.setattr(store._volumes, "get", get)
-        assert store._volumes.rows(sealed=True) == [row]
-        compact(store, [row])
-        while store._memory.words[Word.ACTIVE] != row:
-            put(store, ROOT, b"fills", bytes(30_000))
-        for number in range(100):
-            put(store, ROOT, b"of others %d" % number, b"")
-        assert store._memory.words[Word.ACTIVE] == row
-        if cut:  # they are read one by one, and none is found
-            monkeypatch.setattr("imgfs.listing._STRETCHES_BYTES_MAX", 0)
-            disk_of(store).set_content(index_paths(get(row).volume.path).names, b"")
-        return get(row)
-
-    monkeypatch.setattr(store._volumes, "get", compacted)
-    assert store.page(directory, 0, 100) is None
-    monkeypatch.undo()
-    assert entries(store, directory) == before == list(store.list(directory))
 
 
 def test_the_slot_of_a_directory_may_be_anothers_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
