@@ -24,7 +24,7 @@ from imgfs.store import PERMISSIONS, Attr, Store
 BLOCK_BYTES = 128 << 10
 
 # Positions of a listing: 1 is behind `.`, this behind `..`, and that many more than its key behind each other entry.
-_DOTS = 2
+DOTS = 2
 
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 # The mode of a special file says its type itself.
@@ -112,30 +112,30 @@ class Acts:
         store = self._store
         yield from self.dots(directory, position)
         hides = self.manner.publish_at_close
-        for key, inode, name in store.list(directory, max(position - _DOTS, 0), nowait=nowait):
+        for key, inode, name in store.list(directory, max(position - DOTS, 0), nowait=nowait):
             try:
                 if hides and store.creator(inode):
                     continue
                 attr = store.attr(inode)
             except Stale:
                 continue  # removed meanwhile
-            yield Listed(key + _DOTS, name, attr)
+            yield Listed(key + DOTS, name, attr)
 
     def dots(self, directory: int, position: int) -> Iterator[Listed]:
         """Yield of `.` and `..` what comes behind *position*. Stale."""
         store = self._store
         if position < 1:
             yield Listed(1, b".", store.attr(directory))
-        if position < _DOTS:
-            yield Listed(_DOTS, b"..", store.attr(self._directory_above(directory)))
+        if position < DOTS:
+            yield Listed(DOTS, b"..", store.attr(self._directory_above(directory)))
 
     def page(self, directory: int, position: int, count: int, *, nowait: bool = False) -> Page | None:
         """Return some *count* entries behind *position*, but for `.` and `..`; their keys are positions.
 
         None where it takes `listing`, which raises the same.
         """
-        page = self._store.page(directory, max(position - _DOTS, 0), count, nowait=nowait)
-        return page._replace(keys=page.keys + _DOTS) if page is not None else None
+        page = self._store.page(directory, max(position - DOTS, 0), count, nowait=nowait)
+        return page._replace(keys=page.keys + DOTS) if page is not None else None
 
     def _directory_above(self, directory: int) -> int:
         try:

@@ -27,6 +27,7 @@ from imgfs.format import Kind
 from imgfs.giving import Giving
 from imgfs.late import Unsynced
 from imgfs.listers import Listers
+from imgfs.prepared import Prepared
 from imgfs.replies import CACHE_DIRECTORY, KEEP_CACHE, NO_FLUSH, Reply
 from imgfs.store import Store
 from imgfs.wire import IN_HEADER, NAMES, Head, Opcode, error_reply
@@ -62,6 +63,7 @@ class Express:
     ) -> None:
         self._store = store
         self._listers = listers or Listers()
+        self._prepared = Prepared(store, acts, store.access_times)
         self._giving = giving
         self._acts = acts
         self._calls = calls
@@ -177,13 +179,17 @@ class Express:
         handle, offset, size = _RANGE.unpack_from(asked.body)
         return replies.data(asked.unique, self._store.read(handle, offset, size, nowait=nowait))
 
+    def forget_listings(self) -> bool:
+        """Free what listings needed that are over; return whether that were the last of them."""
+        prepared_any = self._prepared.forget()
+        return self._store.forget_listings() or prepared_any
+
     def _readdirplus(self, asked: Asked, *, nowait: bool = False) -> Reply:
         directory, position, size = _RANGE.unpack_from(asked.body)
         bare = self._listers.wants_names_alone(asked.thread, directory)
-        page = self._acts.page(directory, position, size // replies.LISTED_BYTES_MIN, nowait=nowait)
-        if page is not None:
-            dots = self._acts.dots(directory, position)
-            return replies.page(asked.unique, dots, page, self._store.access_times, self._timeout_s, size, bare=bare)
+        prepared = self._prepared.answer(asked.unique, directory, position, size, bare=bare, nowait=nowait)
+        if prepared is not None:
+            return prepared
         listing = _until_it_blocks(self._acts.listing(directory, position, nowait=nowait))
         return replies.listing(asked.unique, listing, self._store.access_times, self._timeout_s, size, bare=bare)
 

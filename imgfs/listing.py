@@ -10,6 +10,7 @@ the disk to read names do so one after the other.
 import contextlib
 import mmap
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,9 @@ _STRETCHES_BYTES_MAX = 32 << 20
 _STRETCH_BYTES_EACH = 4 << 10
 # A stretch longer than this begins and ends where the next answer's may be expected to.
 _STRETCH_STEP = 256 << 10
+# Behind what was read of names: the longest line fits in whichever byte it begins at.
+_ROOM = 256
+LINE_STEP = 8
 _SECOND_NS = 1_000_000_000
 _DIRECTORY, _SPECIAL, _LINK = int(Kind.DIRECTORY), int(Kind.SPECIAL), int(Kind.LINK)
 # As layout.OWNER.
@@ -73,11 +77,20 @@ class Page(NamedTuple):
     devices: Numbers
     name_lengths: Numbers
     names: Bytes
-    """One behind the other."""
+    """A line for each, all of one length that LINE_STEP divides: the name, then zeros."""
+    counter: int
+    """Word.COUNTER when all of this was so."""
+    ends: bool
+    """Nothing comes behind."""
 
 
-# Of entries: keys, slots, records.
-_Entries = tuple[Numbers, Numbers, Records]
+class _Entries(NamedTuple):
+    """Entries in the order of their keys."""
+
+    keys: Numbers
+    slots: Numbers
+    records: Records
+    ends: bool
 
 
 class _Written(NamedTuple):
@@ -89,6 +102,7 @@ class _Written(NamedTuple):
     active: int
     names_end: int  # 0: nobody writes
     volumes_gone: int  # when that was so
+    counter: int
 
     def end_in(self, row: int) -> int:
         return self.names_end if row == self.active and self.names_end else NAMES_BYTES_LIMIT
@@ -99,14 +113,25 @@ class _Stretch(NamedTuple):
 
     start: int
     content: Bytes
+    """And _ROOM zeros."""
 
     @property
     def end(self) -> int:
-        return self.start + len(self.content)
+        return self.start + len(self.content) - _ROOM
 
     def holds(self, first: int, last: int) -> bool:
         """Return whether the names from offset *first* to offset *last* are in it, whole."""
         return self.start <= first <= last < self.end and last + int(self.content[last - self.start]) < self.end
+
+
+class _Found(NamedTuple):
+    """Where the names *of* these records are."""
+
+    of: Numbers
+    content: Bytes
+    """With _ROOM bytes behind the last name."""
+    places: Numbers
+    """Where the bytes of each begin in it."""
 
 
 class Listing:
@@ -143,7 +168,7 @@ class Listing:
         found = next(filter(None, (self._unchanged(directory, after, count) for _ in range(_TRIES))), None)
         if found is None:
             return None
-        (keys, slots, records), owners, written = found
+        (keys, slots, records, ends), owners, written = found
         flags = records["flags"]
         kinds = flags & Flag.KIND
         is_directory, is_special = kinds == _DIRECTORY, kinds == _SPECIAL
@@ -174,6 +199,8 @@ class Listing:
             records["ctime"].astype(np.int64) * _SECOND_NS,
             np.where(is_special, sizes, 0),
             *names,
+            written.counter,
+            ends,
         )
 
     def _unchanged(self, directory: int, after: int, count: int) -> tuple[_Entries, Records, _Written] | None:
@@ -184,10 +211,10 @@ class Listing:
             return None
         try:
             found = self._entries(directory, after, count)
-            owners = np.frombuffer(self._map, _OWNERS, OWNERS_MAX, OWNERS_AT)[found[2]["owner"]] if found else None
+            owners = np.frombuffer(self._map, _OWNERS, OWNERS_MAX, OWNERS_AT)[found.records["owner"]] if found else None
         except (IndexError, ValueError, ZeroDivisionError):
             return None  # references, or a number of children, that only a table has that changes
-        written = _Written(words[Word.ACTIVE], words[Word.NAMES_END], words[Word.VOLUMES_GONE])
+        written = _Written(words[Word.ACTIVE], words[Word.NAMES_END], words[Word.VOLUMES_GONE], before)
         if found is None or owners is None or words[Word.COUNTER] != before:
             return None
         return found, owners, written
@@ -214,64 +241,60 @@ class Listing:
             slots = _chained(heads[np.concatenate((low, high[high < buckets]))], links)
             if slots is None:
                 return None
-            records = table[slots].view(RECORDS)
-            keys = _reversed(records["hash_generation"].astype(np.int64) & BUCKETS_MAX - 1) << 32 | slots + 1
+            rows = table[slots]
+            keys = _reversed(rows.view(RECORDS)["hash_generation"].astype(np.int64) & BUCKETS_MAX - 1) << 32 | slots + 1
             order = np.argsort(keys)
             order = order[np.searchsorted(keys, after, "right", sorter=order) :]
             if len(order):
-                return keys[order], slots[order], records[order]
+                # As bytes: records field by field take seven times as long.
+                return _Entries(keys[order], slots[order], rows[order].view(RECORDS), last == groups)
             first = last
         nothing = np.empty(0, np.int64)
-        return nothing, nothing, np.empty(0, RECORDS)
+        return _Entries(nothing, nothing, np.empty(0, RECORDS), ends=True)
 
     # -- names ------------------------------------------------------------------------------------------------
 
     def _names(
         self, records: Records, children: int, written: _Written, *, nowait: bool
     ) -> tuple[Numbers, Bytes] | None:
-        """Return (lengths, bytes) of the names of *records*, of *children* in all; None if one is none.
+        """Return (lengths, names as in `Page`) of *records*, of *children* in all; None if one is none.
 
         Raises:
             Damaged, WouldBlock: as `Names.get`.
         """
         if not len(records):
-            return np.empty(0, np.int64), np.empty(0, np.uint8)
+            return np.empty(0, np.int64), np.empty((0, 0), np.uint8)
+        # One volume after the other: which records are its, and which offsets their names lie between.
         order = np.argsort(records["name_volume"], kind="stable")
-        rows = records["name_volume"][order].astype(np.int64)
+        rows = records["name_volume"][order]
         offsets = records["name_offset"][order].astype(np.int64)
-        # One volume after the other: where its names begin and end among all, and which offsets they lie between.
-        begins = np.flatnonzero(np.diff(rows, prepend=-1))
+        begins = np.flatnonzero(np.diff(rows.astype(np.int64), prepend=-1))
         ends = np.append(begins[1:], len(rows))
         lowest, highest = np.minimum.reduceat(offsets, begins), np.maximum.reduceat(offsets, begins)
-        # `offsets` become those of what was read of the volume, where the bytes of a name begin.
-        lengths, contents = np.empty(len(rows), np.int64), []
+        lengths, found = np.empty(len(rows), np.int64), []
         for begin, end, first, last in zip(begins, ends, map(int, lowest), map(int, highest), strict=True):
-            row = int(rows[begin])
-            names, mine = self._volumes.get(row).names, slice(begin, end)
+            row, of, places = int(rows[begin]), order[begin:end], offsets[begin:end]
+            names = self._volumes.get(row).names
             stretch = self._stretch(names, first, last, children, written.end_in(row), nowait=nowait)
             if stretch is None:
-                found = [names.get(int(offset), nowait=nowait) for offset in offsets[mine]]
-                lengths[mine] = list(map(len, found))
-                offsets[mine] = np.cumsum(lengths[mine]) - lengths[mine]
-                contents.append(np.frombuffer(b"".join(found), np.uint8))
+                each = [names.get(place, nowait=nowait) for place in places.tolist()]
+                lengths[of] = list(map(len, each))
+                found.append(_Found(of, _in_own_pages(b"".join(each)), np.cumsum(lengths[of]) - lengths[of]))
             else:
-                offsets[mine] -= stretch.start
-                if last - stretch.start >= len(stretch.content):
+                if last >= stretch.end:
                     return None  # the file is cut: who looks at each says so
-                lengths[mine] = stretch.content[offsets[mine]]
-                offsets[mine] += 1
-                contents.append(stretch.content)
-        sizes = np.repeat([len(content) for content in contents], ends - begins)
-        if (offsets + lengths > sizes).any() or not lengths.all():
-            return None  # who looks at each says what is wrong with it
-        places, starts = ranges(offsets, lengths), np.cumsum(lengths) - lengths
-        cuts = np.append(starts[begins], len(places))
-        joined = np.concatenate([content[places[cuts[n] : cuts[n + 1]]] for n, content in enumerate(contents)])
-        if ((joined == 0) | (joined == ord("/"))).any() or ((lengths <= 2) & (joined[starts] == ord("."))).any():
+                places -= stretch.start
+                lengths[of] = stretch.content[places]
+                found.append(_Found(of, stretch.content, places + 1))
+        if not lengths.all():
             return None
-        # Back into the order of the listing.
-        back = np.argsort(order)
-        return lengths[back], joined[ranges(starts[back], lengths[back])]
+        lines = _lined_up(lengths, found)
+        inside = np.arange(lines.shape[1], dtype=np.uint8) < lengths.astype(np.uint8)[:, None]
+        lines *= inside
+        wrong = (lines == ord("/")) | (lines == 0) & inside
+        if wrong.any() or ((lengths <= 2) & (lines[:, 0] == ord("."))).any():
+            return None  # who looks at each says what is wrong with it
+        return lengths, lines
 
     def _stretch(
         self, names: Names, first: int, last: int, children: int, names_end: int, *, nowait: bool
@@ -304,7 +327,7 @@ class Listing:
             first, end = first // _STRETCH_STEP * _STRETCH_STEP, -(-end // _STRETCH_STEP) * _STRETCH_STEP
         end = min(end, names_end)
         others = sum(len(other.content) for of, other in list(self._stretches.items()) if of is not names)
-        if end - first > min(children * _STRETCH_BYTES_EACH, _STRETCHES_BYTES_MAX - others):
+        if end - first + _ROOM > min(children * _STRETCH_BYTES_EACH, _STRETCHES_BYTES_MAX - others):
             return None
         read = _Stretch(first, _in_own_pages(names.stretch(first, end - first, nowait=nowait)))
         self._stretches[names] = read
@@ -312,16 +335,20 @@ class Listing:
 
 
 def _in_own_pages(data: bytes) -> Bytes:
-    """Return a copy of *data* that leaves no gap in the heap, which nobody else fills, when it is freed."""
-    pages = mmap.mmap(-1, max(len(data), 1))
+    """Return *data* and _ROOM zeros, where freeing them leaves no gap in the heap that nobody else fills."""
+    pages = mmap.mmap(-1, len(data) + _ROOM)
     pages[: len(data)] = data
-    return np.frombuffer(pages, np.uint8, len(data))
+    return np.frombuffer(pages, np.uint8)
 
 
-def ranges(starts: Numbers, lengths: Numbers) -> Numbers:
-    """Return the numbers from each of *starts* on, as many as *lengths* says, one range behind the other."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
+def _lined_up(lengths: Numbers, found: Iterable[_Found]) -> Bytes:
+    """Return names as `Page` has them, of those *lengths*, but with anything behind the shorter."""
+    longest = int(lengths.max())
+    width = longest + -longest % LINE_STEP
+    lines = np.empty(len(lengths), f"V{width}")
+    for of, content, places in found:
+        lines[of] = np.ndarray(len(content) - width + 1, lines.dtype, content, strides=(1,))[places]
+    return lines.view(np.uint8).reshape(-1, width)
 
 
 def _reversed(hashes: Numbers) -> Numbers:

@@ -5,6 +5,7 @@ Owns their structs (include/uapi/linux/fuse.h). Must not know which request they
 
 import struct
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from imgfs.acts import BLOCK_BYTES, Listed, mode_of, modes_of
 from imgfs.atimes import AccessTimes
 from imgfs.disk import Buffer
 from imgfs.format import Kind
-from imgfs.listing import Page, ranges
+from imgfs.listing import LINE_STEP, Numbers, Page
 from imgfs.view import Attr
 from imgfs.wire import OUT_HEADER
 
@@ -51,7 +52,7 @@ _LISTED_ROW = np.dtype(
     + [(name, "<u8") for name in ("number", "position")]
     + [(name, "<u4") for name in ("name_length", "type")]
 )
-assert _LISTED_ROW.itemsize == _LISTED.size
+assert (_LISTED_ROW.itemsize, LINE_STEP) == (_LISTED.size, _ALIGNMENT)
 LISTED_BYTES_MIN = _LISTED.size + _ALIGNMENT
 _SELF_AND_ABOVE = (b".", b"..")
 _NO_NODE = (0,) * len(_NODE)
@@ -104,7 +105,7 @@ def entry(unique: int, attr: Attr, atime_ns: int, name_timeout_s: float, timeout
 
 def listing(
     unique: int, entries: Iterable[Listed], times: AccessTimes, timeout_s: float, size: int, *, bare: bool = False
-) -> tuple[bytes, Buffer]:
+) -> tuple[bytes, bytes]:
     """Answer with as many *entries*, and all that is known of them, as fit into *size* bytes.
 
     *bare*: the kernel shall keep nothing of those that are no directories, but their names in this listing.
@@ -126,33 +127,46 @@ def listing(
             fields = (*head, *_attr(attr, times.get(inode, attr.mtime_ns)))
         last = (inode, position, len(name), mode_of(attr) >> 12)
         parts += (_LISTED.pack(*fields, *last), name, bytes(padding))
-    return data(unique, b"".join(parts))
+    content = b"".join(parts)
+    return OUT_HEADER.pack(OUT_HEADER.size + len(content), 0, unique), content
 
 
-def page(
-    unique: int,
-    dots: Iterable[Listed],
-    entries: Page,
-    times: AccessTimes,
-    timeout_s: float,
-    size: int,
-    *,
-    bare: bool = False,
-) -> Reply:
-    """As `listing`, of *dots* and then *entries*."""
-    head, first = listing(unique, dots, times, timeout_s, size)
-    row_bytes, lengths = _LISTED.size, entries.name_lengths
-    ends = np.cumsum(row_bytes + lengths + -lengths % _ALIGNMENT)
-    count = int(np.searchsorted(ends, size - len(first), "right"))
-    if not count:
-        return head, first
-    starts = np.concatenate(([0], ends[: count - 1]))
-    content = np.zeros(ends[count - 1], np.uint8)
-    rows = _rows(entries, times, timeout_s, bare=bare)[:count].view("<u8").reshape(count, -1)
-    content.view("<u8")[starts[:, None] // _ALIGNMENT + np.arange(rows.shape[1])] = rows
-    lengths = lengths[:count]
-    content[ranges(starts + row_bytes, lengths)] = entries.names[: lengths.sum()]
-    return OUT_HEADER.pack(OUT_HEADER.size + len(first) + len(content), 0, unique), first, content.data
+class Entries(NamedTuple):
+    """Many entries as `listing` has them, for several answers."""
+
+    positions: Numbers
+    ends: Numbers
+    """Where each ends in what follows."""
+    content: memoryview
+
+    def bytes_from(self, begin: int) -> int:
+        """Return how many bytes those take from number *begin* on."""
+        return len(self.content) - (int(self.ends[begin - 1]) if begin else 0)
+
+    def answer(self, unique: int, first: bytes, begin: int, size: int) -> Reply:
+        """Answer with *first* and as many from number *begin* on as fit into *size* bytes."""
+        at = len(self.content) - self.bytes_from(begin)
+        end = int(np.searchsorted(self.ends, at + size - len(first), "right"))
+        content = self.content[at : int(self.ends[end - 1]) if end > begin else at]
+        return OUT_HEADER.pack(OUT_HEADER.size + len(first) + len(content), 0, unique), first, content
+
+
+def entries(page: Page, times: AccessTimes, timeout_s: float, *, bare: bool = False) -> Entries:
+    """Return what `listing` says of each entry of *page*."""
+    lengths = page.name_lengths
+    widths = _LISTED.size + lengths + -lengths % _ALIGNMENT
+    ends = np.cumsum(widths)
+    content = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+    rows = _rows(page, times, timeout_s, bare=bare).view(np.uint8).reshape(len(ends), _LISTED.size)
+    for width in map(int, np.flatnonzero(np.bincount(widths))):
+        of = np.flatnonzero(widths == width)
+        lines = np.empty((len(of), width), np.uint8)
+        lines[:, : _LISTED.size] = rows[of]
+        lines[:, _LISTED.size :] = page.names[of, : width - _LISTED.size]
+        dtype = f"V{width}"
+        anywhere = np.ndarray(len(content) - width + 1, dtype, content, strides=(1,))
+        anywhere[ends[of] - width] = lines.view(dtype).reshape(-1)
+    return Entries(page.keys, ends, content.data)
 
 
 def _rows(entries: Page, times: AccessTimes, timeout_s: float, *, bare: bool) -> npt.NDArray[np.void]:

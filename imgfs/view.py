@@ -246,6 +246,10 @@ class View:
         self._directory(directory)  # still: it was not another's slot meanwhile
         return page
 
+    def is_unchanged(self, counter: int) -> bool:
+        """Return whether nothing in the table has changed since `Page.counter`."""
+        return self._memory.words[Word.COUNTER] == counter
+
     def forget_listings(self) -> bool:
         """Free what `page` keeps of directories that were not listed since this was called last; if all, say so."""
         return self._listing.forget()

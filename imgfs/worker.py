@@ -48,9 +48,9 @@ def work(number: int, common: Common) -> None:
     acts, calls = Acts(store, common.manner), Calls(store, desk)
     filesystem = at_desk(desk, Filesystem(store, desk, acts, calls))
     listers = Listers(common.board.listers)
-    desk.express = Express(store, acts, calls, listers, store.giving(common.board.giving, desk.give))
+    desk.express = express = Express(store, acts, calls, listers, store.giving(common.board.giving, desk.give))
     pyfuse3.init(filesystem, desk.session_path, {"default_permissions"})
-    trio.run(_serve, desk, common, number, listers)
+    trio.run(_serve, desk, express, common, number, listers)
 
 
 def try_init(common: Common) -> None:
@@ -73,19 +73,19 @@ def try_init(common: Common) -> None:
     raise MountFailed("a worker of this release does not answer INIT")
 
 
-async def _serve(desk: Desk, common: Common, number: int, listers: Listers) -> None:
+async def _serve(desk: Desk, express: Express, common: Common, number: int, listers: Listers) -> None:
     async with trio.open_nursery() as nursery:
         desk.serve_late_in(nursery)
-        nursery.start_soon(_beat, common, number)
+        nursery.start_soon(_beat, express, common, number)
         nursery.start_soon(_forget_listings, desk, listers)
         await pyfuse3.main(PYFUSE3_TASKS_MAX, PYFUSE3_TASKS_MAX)
         nursery.cancel_scope.cancel()
 
 
-async def _beat(common: Common, number: int) -> None:
+async def _beat(express: Express, common: Common, number: int) -> None:
     while True:
         common.board.posts[number].beat_ns = time.monotonic_ns()
-        if common.store.forget_listings():
+        if express.forget_listings():
             heap.trim()
         await trio.sleep(BEAT_S)
 

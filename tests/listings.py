@@ -6,6 +6,7 @@ from random import Random
 
 from stores import TINY, new_store, put
 
+from imgfs import replies
 from imgfs.acts import Acts, Manner
 from imgfs.listing import Page
 from imgfs.store import ROOT, Store
@@ -52,8 +53,30 @@ def entries(store: Store, directory: int = ROOT, count: int = 50) -> list[tuple[
         assert page is not None
         if not len(page.keys):
             return found
-        at = 0
-        for key, inode, length in zip(page.keys, page.inodes, page.name_lengths, strict=True):
-            found.append((int(key), int(inode), page.names[at : at + length].tobytes()))
-            at += int(length)
-        assert at == len(page.names)
+        for key, inode, name in zip(page.keys, page.inodes, names_of(page), strict=True):
+            found.append((int(key), int(inode), name))
+
+
+def names_of(page: Page) -> list[bytes]:
+    """Return the names of *page*."""
+    assert page.names.shape[0] == len(page.keys)
+    names = [line[:length].tobytes() for line, length in zip(page.names, page.name_lengths, strict=True)]
+    assert not any(line[len(name) :].any() for line, name in zip(page.names, names, strict=True))
+    return names
+
+
+def listed(answer: bytes) -> list[tuple[tuple[int, ...], bytes]]:
+    """Return the fields and the name of each entry of an answer."""
+    found, at = [], 0
+    while at < len(answer):
+        fields = replies._LISTED.unpack_from(answer, at)
+        end = at + replies._LISTED.size + fields[-2]
+        found.append((fields, answer[end - fields[-2] : end]))
+        at = -(-end // 8) * 8
+    assert at == len(answer)
+    return found
+
+
+def last_position(answer: bytes) -> int:
+    found = listed(answer)
+    return found[-1][0][-3] if found else 0

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 from hostile import NAMES
-from listings import LARGE, entries, filled, of_everything, taken
+from listings import LARGE, entries, filled, last_position, listed, names_of, of_everything, taken
 from stores import abandon_all, disk_of, new_store, open_store, put, reopened
 
 from imgfs import replies
@@ -36,32 +36,15 @@ def page_of(acts: Acts, position: int, size: int = ANSWER_BYTES, *, bare: bool =
     page = acts.page(ROOT, position, size // replies.LISTED_BYTES_MIN)
     if page is None:
         return None
-    dots = acts.dots(ROOT, position)
-    times = acts._store.access_times
-    return b"".join(replies.page(1, dots, page, times, acts.manner.timeout_s, size, bare=bare)[1:])
+    dots = replies.listing(1, acts.dots(ROOT, position), acts._store.access_times, acts.manner.timeout_s, size)[1]
+    entries = replies.entries(page, acts._store.access_times, acts.manner.timeout_s, bare=bare)
+    return b"".join(entries.answer(1, dots, 0, size)[1:])
 
 
 def one_by_one(acts: Acts, position: int, size: int = ANSWER_BYTES, *, bare: bool = False) -> bytes:
     times = acts._store.access_times
     listing = acts.listing(ROOT, position)
     return b"".join(replies.listing(1, listing, times, acts.manner.timeout_s, size, bare=bare)[1:])
-
-
-def listed(answer: bytes) -> list[tuple[tuple[int, ...], bytes]]:
-    """Return the fields and the name of each entry of an answer."""
-    found, at = [], 0
-    while at < len(answer):
-        fields = replies._LISTED.unpack_from(answer, at)
-        end = at + replies._LISTED.size + fields[-2]
-        found.append((fields, answer[end - fields[-2] : end]))
-        at = -(-end // 8) * 8
-    assert at == len(answer)
-    return found
-
-
-def last_position(answer: bytes) -> int:
-    found = listed(answer)
-    return found[-1][0][-3] if found else 0
 
 
 # -- the same -----------------------------------------------------------------------------------------------------
@@ -134,8 +117,7 @@ def test_what_stays_comes_once_whatever_is_added_and_removed() -> None:
         if not len(page.keys):
             break
         after = int(page.keys[-1])
-        ends = page.name_lengths.cumsum()
-        found += [page.names[end - size : end].tobytes() for end, size in zip(ends, page.name_lengths, strict=True)]
+        found += names_of(page)
         store.unlink(ROOT, b"goes %d" % number)
         for more in range(5):
             put(store, ROOT, b"comes %d %d" % (number, more))
