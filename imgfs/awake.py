@@ -40,7 +40,7 @@ class Awake:
         self._device = device
         self._wish = -1
         self._waits, self._waited_ns = 0, 0
-        self._thread, self._alone = 0, False
+        self._thread, self.alone = 0, False
         self._processors = processors or Processors()
         self._descriptor = -1
         self._poll = select.poll()
@@ -57,7 +57,7 @@ class Awake:
     def asked(self, thread: int) -> None:
         """Note that *thread* has asked for something; 0 is nobody in particular."""
         if thread:
-            self._alone, self._thread = thread == self._thread, thread
+            self.alone, self._thread = thread == self._thread, thread
 
     def look(self) -> bool:
         """Return whether there is anything."""
@@ -67,7 +67,7 @@ class Awake:
         """Return whether there is anything, within *patience_ms*."""
         self._expect_more()
         poll, found = self._poll.poll, None
-        if self._alone and patience_ms and self._processors.spare():
+        if self.alone and patience_ms and self._processors.spare():
             looked_ns = time.monotonic_ns() + _LOOK_NS
             while not (found := poll(0)) and time.monotonic_ns() < looked_ns:
                 pass

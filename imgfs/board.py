@@ -3,8 +3,8 @@
 Owns the memory they lie in. Must not know requests, nor who acts on what they say.
 
 *Concurrency:* each word is stored in one instruction, and has one process that writes it: the supervisor PAUSE, each
-worker the words of its own number; but any worker may write WATCHER. Whoever answers INIT writes the answer, always
-the same bytes, before its length.
+worker the words of its own number; but any worker may write WATCHER and LAST. Whoever answers INIT writes the answer,
+always the same bytes, before its length.
 
 PAUSE and READING_SINCE_NS are the gate. A worker says that it reads, and then looks whether it may; the supervisor
 shuts the gate, lets a moment pass in which what a processor has stored comes to be seen by the others, and then looks
@@ -28,7 +28,7 @@ _WORDS_EACH = 8
 _GIVING_AT, _GIVING = 160, 65  # words
 
 # Words of the page. A worker stores some of them for each request, without a call in between.
-PAUSE, REPLY_BYTES, WATCHER = range(3)
+PAUSE, REPLY_BYTES, WATCHER, LAST = range(4)
 # Words of one worker.
 READING_SINCE_NS, BEAT_NS, IN_HAND, ANSWERED, READY, WAITED, WAITED_NS = range(7)
 
@@ -117,7 +117,9 @@ class Board:
         self.words = memoryview(self._map)[:_PAGE].cast("Q")
         """Of WATCHER: the worker, plus 1, that waits for the next request, so that nobody else need wake for it; or 0.
 
-        A hint: two that come at once may both think that they are the one, and one that was killed still stands there.
+        Of LAST: the worker, plus 1, that has read the last request, if one client asks alone; or 0.
+
+        Hints: two that come at once may both think that they are the one, and one that was killed still stands there.
         """
         self.giving = self.words[_GIVING_AT : _GIVING_AT + _GIVING]
         """Words that any worker may write: see giving.py."""

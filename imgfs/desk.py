@@ -29,7 +29,7 @@ import trio
 
 from imgfs import wire
 from imgfs.awake import PATIENCE_S, Awake
-from imgfs.board import PAUSE, READING_SINCE_NS, WATCHER, Board
+from imgfs.board import LAST, PAUSE, READING_SINCE_NS, WATCHER, Board
 from imgfs.device import Device
 from imgfs.disk import Buffer, WouldBlock
 from imgfs.errors import MountFailed
@@ -163,6 +163,7 @@ class Desk:
         self._late_rows = range(self._first_row + PYFUSE3_TASKS_MAX, self._first_row + TASKS_MAX)
         self._late: LateRequests | None = None
         self._in_a_row = 0
+        self._woken = False
         self._awake = Awake(wanted=awake)
         # The end that libfuse takes for the device until INIT is answered, and ours.
         self._theirs, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -346,8 +347,11 @@ class Desk:
     def _watch(self, patience_ms: int) -> bool:
         """Return whether there is a request; wait for it unless another worker does."""
         words = self._board.words
+        woken, self._woken = self._woken, False
         if words[WATCHER] not in (0, self._number):
             return self._awake.look()
+        if woken and words[LAST] not in (0, self._number) and not self._board.posts[words[LAST] - 1].in_hand:
+            return False  # it was woken, too, and has at hand what it has prepared for who asks
         words[WATCHER] = self._number
         found = self._awake.wait(patience_ms)
         words[WATCHER] = 0
@@ -395,6 +399,7 @@ class Desk:
             request = wire.identify(head, raw)
             requests.begin(row, request)
             self._post.took()
+            shared[LAST] = self._number if self._awake.alone else 0
             ours[READING_SINCE_NS] = 0
             expected = not self.wait.count
             try:
@@ -449,6 +454,7 @@ class Desk:
                 await trio.sleep(_NAP_S * 2 ** max(0, naps - 1))
             else:
                 await self._wait_for_any()
+                self._woken = True
                 naps = 0
             naps += 1
             patience_ms = 0
