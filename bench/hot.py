@@ -6,14 +6,12 @@ from bench.lineup import ALL, Lineup, line_up
 from bench.measure import reads_per_second
 from bench.result import OURS, Result
 from bench.site import Site
-from bench.systems import Imgfs, ImgfsAsItComes, ImgfsOneWorker, ImgfsTwoWorkers, System
+from bench.systems import Imgfs, ImgfsOneWorker, ImgfsTwoWorkers, System
+from imgfs.mount import default_workers
 
 _IMAGE_BYTES = 20_000
-# By the number of clients. One client is served by as many workers as a mount has by itself.
-_WORKERS: dict[int, tuple[type[Imgfs], ...]] = {
-    1: (ImgfsOneWorker, ImgfsTwoWorkers if ImgfsAsItComes.workers == ImgfsTwoWorkers.workers else ImgfsAsItComes),
-    4: (ImgfsOneWorker, ImgfsTwoWorkers),
-}
+_CLIENTS = (1, 4)
+_OURS = (ImgfsOneWorker, ImgfsTwoWorkers)
 
 
 @dataclass(frozen=True)
@@ -38,29 +36,24 @@ def run(site: Site, size: str) -> Result:
     parameters: dict[str, object] = {"images": chosen.images, "window_s": chosen.window_s}
     result = Result("hot", "Hot reads", parameters=parameters)
     others = tuple(kind for kind in ALL if kind is not Imgfs)
-    ours = dict.fromkeys(kind for kinds in _WORKERS.values() for kind in kinds)
-    with line_up(site, chosen.disk_bytes, result, (*ours, *others)) as lineup:
+    with line_up(site, chosen.disk_bytes, result, (*_OURS, *others)) as lineup:
         lineup.fill(chosen.images, _IMAGE_BYTES)
-        for clients in _WORKERS:
+        for clients in _CLIENTS:
             _measure(result, lineup, clients, chosen)
     result.notes.append(
         f"{chosen.images:,} images of {_IMAGE_BYTES:,} bytes, in random order; windows of {chosen.window_s:g} s, "
         f"{chosen.rounds} for each system, in turns. Clients are Python processes on the same cores as what serves. "
-        f"Of itself `imgfs mount` takes here: workers {ImgfsAsItComes.workers}."
+        f"Of itself `imgfs mount` takes here: workers {default_workers()}."
     )
     return result
 
 
 def _measure(result: Result, lineup: Lineup, clients: int, chosen: _Size) -> None:
-    kinds = _WORKERS[clients]
-
     def read(system: System, number: int) -> dict[str, float]:
-        if isinstance(system, Imgfs) and not isinstance(system, kinds):
-            return {}
         return {"/s": reads_per_second(system.directory, lineup.names, chosen.window_s, clients, number)}
 
     samples = lineup.take_turns(chosen.rounds, f"{clients} clients", read)["/s"]
-    ours = {kind: samples.pop(kind.name) for kind in kinds}
+    ours = {kind: samples.pop(kind.name) for kind in _OURS}
     for kind, found in ours.items():
         who = f"{clients} client{'s' * (clients > 1)}, {kind.workers} worker{'s' * (kind.workers != 1)}"
         result.add(f"open, read, close, {who}", "/s", {OURS: found, **samples})

@@ -28,8 +28,7 @@ class _Size:
 SIZES = {
     "tiny": _Size(500, 500, 1, 400 << 20),
     "quick": _Size(20_000, 5_000, 1, 1 << 30),
-    # One round: it takes minutes.
-    "full": _Size(1_000_000, 50_000, 1, 6 << 30),
+    "full": _Size(1_000_000, 50_000, 3, 6 << 30),
 }
 
 

@@ -23,7 +23,6 @@ from bench.serving import DEADLINE_S, MountServer
 from bench.site import Site, XfsDisk, drop_caches
 from bench.stores import make_large_store
 from bench.trees import name_directory, name_file
-from imgfs.mount import default_workers
 from imgfs.volumes import VOLUMES
 
 # Debian ships the example with the headers.
@@ -216,11 +215,6 @@ class ImgfsNoawake(Imgfs):
 class ImgfsTwoWorkers(Imgfs):
     name = "imgfs, 2 workers"
     workers = 2
-
-
-class ImgfsAsItComes(Imgfs):
-    name = "imgfs, as it comes"
-    workers = default_workers()
 
 
 class Passing(Served):

@@ -44,8 +44,11 @@ DAMAGE_NAMED = 100
 
 
 def default_workers() -> int:
-    """Return how many workers serve a mount for which nothing is said."""
-    return min(WORKERS_DEFAULT_MAX, os.cpu_count() or 1)
+    """Return how many workers serve a mount for which nothing is said.
+
+    One for every two processors: to ask takes a client and the kernel as long as an answer takes a worker.
+    """
+    return min(WORKERS_DEFAULT_MAX, max(1, (os.cpu_count() or 1) // 2))
 
 
 def mount(store_path: str, mountpoint_path: str, options: MountOptions, *, daemon: bool) -> int:

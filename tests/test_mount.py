@@ -18,7 +18,7 @@ from mounted import PROJECT, Mounted, as_user, failure, imgfs, run, wait_until
 
 from imgfs import mountpoint
 from imgfs.errors import EXIT_BUSY, EXIT_MOUNT, EXIT_NO_STORE, EXIT_USAGE, MountFailed
-from imgfs.mount import mount
+from imgfs.mount import default_workers, mount
 from imgfs.opening import owner
 from imgfs.options import parse
 
@@ -40,6 +40,14 @@ def test_the_mount_table_names_store_and_type(mounted: Mounted) -> None:
     fstype, source, options = _mount_line(mounted).split()
     assert (fstype, source) == ("fuse.imgfs", str(mounted.store))
     assert {"rw", "nosuid", "nodev", "default_permissions", "allow_other"} <= set(options.split(","))
+
+
+@pytest.mark.parametrize(("processors", "workers"), [(None, 1), (1, 1), (2, 1), (3, 1), (4, 2), (8, 4), (64, 4)])
+def test_half_of_the_processors_are_left_to_who_asks(
+    monkeypatch: pytest.MonkeyPatch, processors: int | None, workers: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    assert default_workers() == workers
 
 
 def test_options_reach_the_kernel(stopped: Mounted) -> None:

@@ -17,7 +17,7 @@ from imgfs.options import parse
 @click.option("-o", "options", metavar="OPTS", multiple=True, help="Mount options as in fstab, separated by commas.")
 @click.option("--daemon", is_flag=True, help="Return when the store is mounted, and serve it in the background.")
 @click.option("--read-only", is_flag=True, help="Refuse every change; the same as -o ro.")
-@click.option("--workers", metavar="N", help="Serve with N processes; by default one per processor, at most 4.")
+@click.option("--workers", metavar="N", help="Serve with N processes; by default one per two processors, at most 4.")
 def mount_command(
     store_path: str, mountpoint: str, options: tuple[str, ...], daemon: bool, read_only: bool, workers: str | None
 ) -> None:
