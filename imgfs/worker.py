@@ -6,6 +6,7 @@ may be killed at any instruction.
 *Concurrency:* one trio loop, and threads that wait for the disk. All that others need to carry on is in shared memory.
 """
 
+import sys
 import time
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ from imgfs.listers import Listers
 from imgfs.store import Store
 
 BEAT_S = 0.5
+# A thread that comes back from the disk waits for the interpreter so long at most.
+_TURN_S = 0.0002
 
 
 class Common(NamedTuple):
@@ -41,6 +44,7 @@ class Common(NamedTuple):
 def work(number: int, common: Common) -> None:
     """Be worker *number*, in a process of its own; return when the mount is gone."""
     heap.keep()
+    sys.setswitchinterval(_TURN_S)
     store = common.store
     store.after_fork()
     desk = Desk(number, common.device, common.board, store.requests, awake=common.awake)
