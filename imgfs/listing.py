@@ -48,6 +48,8 @@ _TRIES = 3
 # the directory. To read a name alone takes as long as to read this many bytes.
 _STRETCHES_BYTES_MAX = 32 << 20
 _STRETCH_BYTES_EACH = 4 << 10
+# Of more entries names are not read one by one.
+_SINGLY_MAX = 1024
 # A stretch longer than this begins and ends where the next answer's may be expected to.
 _STRETCH_STEP = 256 << 10
 # Behind what was read of names: the longest line fits in whichever byte it begins at.
@@ -277,6 +279,8 @@ class Listing:
             names = self._volumes.get(row).names
             stretch = self._stretch(names, first, last, children, written.end_in(row), nowait=nowait)
             if stretch is None:
+                if len(records) > _SINGLY_MAX:
+                    return None  # fewer at a time, or others wait for long
                 each = [names.get(place, nowait=nowait) for place in places.tolist()]
                 lengths[of] = list(map(len, each))
                 found.append(_Found(of, _in_own_pages(b"".join(each)), np.cumsum(lengths[of]) - lengths[of]))

@@ -15,6 +15,9 @@ import numpy as np
 from imgfs import replies
 from imgfs.acts import DOTS, Acts
 from imgfs.atimes import AccessTimes
+from imgfs.disk import WouldBlock
+from imgfs.errors import ImgfsError
+from imgfs.listing import Numbers, Page
 from imgfs.replies import Entries, Reply
 from imgfs.store import Store
 
@@ -31,10 +34,10 @@ class _Lot(NamedTuple):
     bare: bool
     counter: int
     asked: int
-    """How many there were to be."""
+    """How many there were to be; 0: no more than an answer takes."""
     entries: Entries
-    ends: bool
-    """Nothing comes behind."""
+    page: Page
+    atimes_ns: Numbers
 
     def begin(self, behind: int) -> int | None:
         """Return the number of the entry that comes *behind* that position; None if that is not known."""
@@ -72,26 +75,50 @@ class Prepared:
         self._asked = True
         count = size // replies.LISTED_BYTES_MIN
         behind, more = max(position, DOTS), 2 * count
-        for lot in reversed(self._lots):
+        lots = self._lots
+        lot: _Lot
+        for lot in reversed(lots):
             begin = lot.begin(behind) if (lot.directory, lot.bare) == (directory, bare) else None
             if begin is None:
                 continue
-            if not self._store.is_unchanged(lot.counter):
+            if not self._is_now(lot, begin, count):
                 more = count
-            elif lot.ends or lot.entries.bytes_from(begin) * 2 >= size:
+            elif lot.page.ends or lot.entries.bytes_from(begin) * 2 >= size:
                 return lot.entries.answer(unique, self._dots(directory, position, size), begin, size)
             else:
-                more = max(count, min(2 * lot.asked, _ENTRIES_MAX))
+                more = 2 * lot.asked
+            lots = tuple(other for other in lots if other is not lot)
             break
-        page = self._acts.page(directory, position, more, nowait=nowait)
-        if page is None and more > count:
-            more, page = count, self._acts.page(directory, position, count, nowait=nowait)
+        asked = min(more, _ENTRIES_MAX)
+        page = self._more(directory, position, asked, nowait=nowait) if asked > count else None
+        if page is None:
+            # Who could not get more is not tried with more again, as long as it goes on.
+            asked = count if asked == count else 0
+            page = self._acts.page(directory, position, count, nowait=nowait)
         if page is None:
             return None
+        atimes_ns = self._times.get_many(page.inodes, page.mtimes_ns)
         entries = replies.entries(page, self._times, self._acts.manner.timeout_s, bare=bare)
-        lot = _Lot(directory, behind, bare, page.counter, more, entries, page.ends)
-        self._lots = (*self._lots[1 - _LOTS_MAX :], lot)
+        made = _Lot(directory, behind, bare, page.counter, asked, entries, page, atimes_ns)
+        self._lots = (*lots[1 - _LOTS_MAX :], made)
         return entries.answer(unique, self._dots(directory, position, size), 0, size)
+
+    def _more(self, directory: int, position: int, count: int, *, nowait: bool) -> Page | None:
+        """As `Acts.page`; None, too, where an entry is damaged that nobody has asked for yet."""
+        try:
+            return self._acts.page(directory, position, count, nowait=nowait)
+        except WouldBlock:
+            raise
+        except (ImgfsError, OSError):
+            return None
+
+    def _is_now(self, lot: _Lot, begin: int, count: int) -> bool:
+        """Return whether the next *count* entries are what they were; access times are no part of the table."""
+        if not self._store.is_unchanged(lot.counter):
+            return False
+        those = slice(begin, begin + count)
+        atimes_ns = self._times.get_many(lot.page.inodes[those], lot.page.mtimes_ns[those])
+        return bool((atimes_ns == lot.atimes_ns[those]).all())
 
     def _dots(self, directory: int, position: int, size: int) -> bytes:
         dots = self._acts.dots(directory, position)

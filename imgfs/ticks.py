@@ -23,8 +23,13 @@ def waiting_for(wanted: AbstractSet[signal.Signals], tick_s: float) -> Iterator[
     waited = {*wanted, TICK}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
     signal.setitimer(signal.ITIMER_REAL, tick_s, tick_s)
+
+    def next_signal() -> int:
+        # The kernel gives the lowest number first: whose turns take longer than a tick would get nothing but ticks.
+        return signal.sigwaitinfo(signal.sigpending() & wanted or waited).si_signo
+
     try:
-        yield lambda: signal.sigwaitinfo(waited).si_signo
+        yield next_signal
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if TICK in signal.sigpending():

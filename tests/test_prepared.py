@@ -9,6 +9,7 @@ from stores import abandon_all, new_store, put
 
 from imgfs import prepared, replies
 from imgfs.acts import Acts, Manner
+from imgfs.errors import Damaged
 from imgfs.format import Kind
 from imgfs.listing import Page
 from imgfs.prepared import Prepared
@@ -139,6 +140,29 @@ def test_the_end_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     put(lister.store, ROOT, b"one more")
     lister.answer(last_position(first), 1 << 20)
     assert len(lister.counts) == 2
+
+
+def test_an_access_time_that_was_set_meanwhile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    lister = Lister(Acts(filled(500), Manner(60.0)), monkeypatch)
+    position = last_position(lister.answer(0))
+    for entry in lister.store.list(ROOT):
+        lister.store.access_times.put(entry.inode, 12345)
+    lister.answer(position)
+
+
+def test_a_damaged_entry_costs_only_who_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    acts = Acts(filled(500), Manner(60.0))
+    page = acts.page
+
+    def damaged(directory: int, position: int, count: int, *, nowait: bool = False) -> Page | None:
+        if count > base_count():
+            raise Damaged("a name that is not asked for yet")
+        return page(directory, position, count, nowait=nowait)
+
+    monkeypatch.setattr(acts, "page", damaged)
+    lister = Lister(acts, monkeypatch)
+    list(lister.walk())
+    assert lister.counts.count(2 * base_count()) < 3, "nor is it tried again and again"
 
 
 def directories(store: Store, count: int) -> list[int]:

@@ -16,6 +16,19 @@ with ticks.waiting_for({{signal.SIGUSR1, signal.SIGTERM}}, {TICK_S}) as next_sig
     while (number := next_signal()) != signal.SIGTERM:
         print(int(number), flush=True)
 """
+SLOW = """
+import os, signal, time
+from imgfs import ticks
+with ticks.waiting_for({signal.SIGTERM, signal.SIGCHLD}, 0.01) as next_signal:
+    time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGCHLD)
+    came = set()
+    for _ in range(4):
+        came.add(next_signal())
+        time.sleep(0.02)
+assert came == {signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM}, came
+"""
 ENDS = """
 import signal, time
 from imgfs import ticks
@@ -63,6 +76,10 @@ def test_each_signal_comes_once_though_the_process_was_stopped(waiting: subproce
         time.sleep(2 * TICK_S)
         waiting.send_signal(signal.SIGCONT)
         assert [got(waiting) for _ in range(4)].count(signal.SIGUSR1) == 1
+
+
+def test_who_is_slow_gets_more_than_ticks() -> None:
+    subprocess.run([sys.executable, "-c", SLOW], check=True, timeout=30)
 
 
 def test_afterwards_nothing_ticks(waiting: subprocess.Popen[str]) -> None:
