@@ -40,7 +40,10 @@ class Awake:
         self._device = device
         self._wish = -1
         self._waits, self._waited_ns = 0, 0
-        self._thread, self.alone = 0, False
+        self._thread = 0
+        self.alone = False
+        """Whether the last two requests came from one thread."""
+
         self._processors = processors or Processors()
         self._descriptor = -1
         self._poll = select.poll()

@@ -15,7 +15,7 @@ import numpy as np
 from imgfs import replies
 from imgfs.acts import DOTS, Acts
 from imgfs.atimes import AccessTimes
-from imgfs.disk import WouldBlock
+from imgfs.disk import Buffer, WouldBlock
 from imgfs.errors import ImgfsError
 from imgfs.listing import Numbers, Page
 from imgfs.replies import Entries, Reply
@@ -32,7 +32,6 @@ class _Lot(NamedTuple):
     directory: int
     behind: int
     bare: bool
-    counter: int
     asked: int
     """How many there were to be; 0: no more than an answer takes."""
     entries: Entries
@@ -43,8 +42,9 @@ class _Lot(NamedTuple):
         """Return the number of the entry that comes *behind* that position; None if that is not known."""
         if behind == self.behind:
             return 0
-        at = int(np.searchsorted(self.entries.positions, behind))
-        return at + 1 if at < len(self.entries.positions) and self.entries.positions[at] == behind else None
+        positions = self.page.keys
+        at = int(np.searchsorted(positions, behind))
+        return at + 1 if at < len(positions) and positions[at] == behind else None
 
 
 class Prepared:
@@ -98,8 +98,8 @@ class Prepared:
         if page is None:
             return None
         atimes_ns = self._times.get_many(page.inodes, page.mtimes_ns)
-        entries = replies.entries(page, self._times, self._acts.manner.timeout_s, bare=bare)
-        made = _Lot(directory, behind, bare, page.counter, asked, entries, page, atimes_ns)
+        entries = replies.entries(page, atimes_ns, self._acts.manner.timeout_s, bare=bare)
+        made = _Lot(directory, behind, bare, asked, entries, page, atimes_ns)
         self._lots = (*lots[1 - _LOTS_MAX :], made)
         return entries.answer(unique, self._dots(directory, position, size), 0, size)
 
@@ -114,12 +114,12 @@ class Prepared:
 
     def _is_now(self, lot: _Lot, begin: int, count: int) -> bool:
         """Return whether the next *count* entries are what they were; access times are no part of the table."""
-        if not self._store.is_unchanged(lot.counter):
+        if not self._store.is_unchanged(lot.page.counter):
             return False
         those = slice(begin, begin + count)
         atimes_ns = self._times.get_many(lot.page.inodes[those], lot.page.mtimes_ns[those])
         return bool((atimes_ns == lot.atimes_ns[those]).all())
 
-    def _dots(self, directory: int, position: int, size: int) -> bytes:
+    def _dots(self, directory: int, position: int, size: int) -> Buffer:
         dots = self._acts.dots(directory, position)
         return replies.listing(0, dots, self._times, self._acts.manner.timeout_s, size)[1]

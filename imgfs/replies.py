@@ -105,7 +105,7 @@ def entry(unique: int, attr: Attr, atime_ns: int, name_timeout_s: float, timeout
 
 def listing(
     unique: int, entries: Iterable[Listed], times: AccessTimes, timeout_s: float, size: int, *, bare: bool = False
-) -> tuple[bytes, bytes]:
+) -> tuple[bytes, Buffer]:
     """Answer with as many *entries*, and all that is known of them, as fit into *size* bytes.
 
     *bare*: the kernel shall keep nothing of those that are no directories, but their names in this listing.
@@ -127,14 +127,12 @@ def listing(
             fields = (*head, *_attr(attr, times.get(inode, attr.mtime_ns)))
         last = (inode, position, len(name), mode_of(attr) >> 12)
         parts += (_LISTED.pack(*fields, *last), name, bytes(padding))
-    content = b"".join(parts)
-    return OUT_HEADER.pack(OUT_HEADER.size + len(content), 0, unique), content
+    return data(unique, b"".join(parts))
 
 
 class Entries(NamedTuple):
     """Many entries as `listing` has them, for several answers."""
 
-    positions: Numbers
     ends: Numbers
     """Where each ends in what follows."""
     content: memoryview
@@ -143,7 +141,7 @@ class Entries(NamedTuple):
         """Return how many bytes those take from number *begin* on."""
         return len(self.content) - (int(self.ends[begin - 1]) if begin else 0)
 
-    def answer(self, unique: int, first: bytes, begin: int, size: int) -> Reply:
+    def answer(self, unique: int, first: Buffer, begin: int, size: int) -> Reply:
         """Answer with *first* and as many from number *begin* on as fit into *size* bytes."""
         at = len(self.content) - self.bytes_from(begin)
         end = int(np.searchsorted(self.ends, at + size - len(first), "right"))
@@ -151,13 +149,13 @@ class Entries(NamedTuple):
         return OUT_HEADER.pack(OUT_HEADER.size + len(first) + len(content), 0, unique), first, content
 
 
-def entries(page: Page, times: AccessTimes, timeout_s: float, *, bare: bool = False) -> Entries:
-    """Return what `listing` says of each entry of *page*."""
+def entries(page: Page, atimes_ns: Numbers, timeout_s: float, *, bare: bool = False) -> Entries:
+    """Return what `listing` says of each entry of *page*, which have these access times."""
     lengths = page.name_lengths
     widths = _LISTED.size + lengths + -lengths % _ALIGNMENT
     ends = np.cumsum(widths)
     content = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
-    rows = _rows(page, times, timeout_s, bare=bare).view(np.uint8).reshape(len(ends), _LISTED.size)
+    rows = _rows(page, atimes_ns, timeout_s, bare=bare).view(np.uint8).reshape(len(ends), _LISTED.size)
     for width in map(int, np.flatnonzero(np.bincount(widths))):
         of = np.flatnonzero(widths == width)
         lines = np.empty((len(of), width), np.uint8)
@@ -166,10 +164,10 @@ def entries(page: Page, times: AccessTimes, timeout_s: float, *, bare: bool = Fa
         dtype = f"V{width}"
         anywhere = np.ndarray(len(content) - width + 1, dtype, content, strides=(1,))
         anywhere[ends[of] - width] = lines.view(dtype).reshape(-1)
-    return Entries(page.keys, ends, content.data)
+    return Entries(ends, content.data)
 
 
-def _rows(entries: Page, times: AccessTimes, timeout_s: float, *, bare: bool) -> npt.NDArray[np.void]:
+def _rows(entries: Page, atimes_ns: Numbers, timeout_s: float, *, bare: bool) -> npt.NDArray[np.void]:
     """Return the part of fixed length of each of *entries*, as `listing` has it."""
     rows = np.zeros(len(entries.keys), _LISTED_ROW)
     modes = modes_of(entries)
@@ -184,7 +182,6 @@ def _rows(entries: Page, times: AccessTimes, timeout_s: float, *, bare: bool) ->
     rows["name_s"] = rows["attr_s"] = seconds
     rows["name_rest_ns"] = rows["attr_rest_ns"] = rest_ns
     rows["size"], rows["blocks"] = entries.sizes, -(-entries.sizes // 512)
-    atimes_ns = times.get_many(entries.inodes, entries.mtimes_ns)
     for letter, times_ns in (("a", atimes_ns), ("m", entries.mtimes_ns), ("c", entries.ctimes_ns)):
         rows[letter + "time_s"], rows[letter + "time_ns"] = np.divmod(times_ns, _SECOND_NS)
     rows["mode"] = modes

@@ -5,8 +5,10 @@ Owns the tiny limits. Must not know what a test wants of a store.
 *Concurrency:* none.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import pytest
 from powercut import SimulatedDisk
 
 from imgfs.format import Kind
@@ -68,6 +70,13 @@ def abandon_all() -> None:
     """Free the memory of all stores that were opened and neither closed nor killed."""
     for store in _opened.copy():
         abandon(store)
+
+
+@pytest.fixture
+def no_store_stays_open() -> Iterator[None]:
+    """Whatever the test has opened is abandoned behind it."""
+    yield
+    abandon_all()
 
 
 def killed(store: Store, *, writable: bool = True) -> Store:

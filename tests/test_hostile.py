@@ -4,10 +4,9 @@ Most of these were found by fuzzing.py: a traceback, all memory taken, or no end
 """
 
 import os
-from collections.abc import Iterator
 
 import pytest
-from stores import abandon_all, new_store, put
+from stores import new_store, put
 
 from imgfs.errors import MountFailed
 from imgfs.handover import Handover
@@ -15,11 +14,7 @@ from imgfs.mountpoint import mounts
 from imgfs.options import BadOption, parse
 from imgfs.store import ROOT, Store
 
-
-@pytest.fixture(autouse=True)
-def _no_store_stays_open() -> Iterator[None]:
-    yield
-    abandon_all()
+pytestmark = pytest.mark.usefixtures("no_store_stays_open")
 
 
 @pytest.mark.parametrize("option", ["workers=" + "9" * 5000, "workers=\u0663", "sync_interval=1e10", "grace=1e300"])

@@ -3,25 +3,21 @@
 Most of these were found by fuzzing.py: a traceback, all memory taken, or no end, where one line and one image was due.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from crc32c import crc32c
 from hostile import INDEX, NAMES, few_images, needles, rewrite, without_index
 from powercut import SimulatedDisk
 from snapshots import snapshot
-from stores import abandon_all, content, names, open_store
+from stores import content, names, open_store
 
 from imgfs.errors import Damaged
 from imgfs.format import INDEX_RECORD, INDEX_RECORD_BYTES, INDEX_STATE, IndexState, Kind, Tag
 from imgfs.plausible import SLOTS_AHEAD_MAX
 from imgfs.store import ROOT
 
-
-@pytest.fixture(autouse=True)
-def _no_store_stays_open() -> Iterator[None]:
-    yield
-    abandon_all()
+pytestmark = pytest.mark.usefixtures("no_store_stays_open")
 
 
 def lie_in_index(disk: SimulatedDisk, change: Callable[[bytearray, bytearray], None]) -> None:

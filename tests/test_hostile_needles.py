@@ -3,13 +3,12 @@
 Most of these were found by fuzzing.py: a traceback, all memory taken, or no end, where one line and one image was due.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from hostile import BIG, INDEX, VOLUME, few_images, named, needles, rewrite, without_index
 from snapshots import attributes_of, snapshot
-from stores import abandon_all, content, disk_of, names, new_store, open_store, put, reopened
+from stores import content, disk_of, names, new_store, open_store, put, reopened
 
 from imgfs.errors import Damaged
 from imgfs.format import Kind, Needle, Tag, inode_of, unpack_xattrs
@@ -24,10 +23,7 @@ LINK = replace(FILE, kind=Kind.LINK, data_size=0, mode=0, extras={Tag.TARGET: (4
 NAMELESS = replace(FILE, parent=0, name=b"")
 
 
-@pytest.fixture(autouse=True)
-def _no_store_stays_open() -> Iterator[None]:
-    yield
-    abandon_all()
+pytestmark = pytest.mark.usefixtures("no_store_stays_open")
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,13 @@ Most of these were found by fuzzing.py: a traceback, all memory taken, or no end
 """
 
 import struct
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import xxhash
 from hostile import BIG, SUPERBLOCK, VOLUME, few_images, without_index
 from snapshots import snapshot
-from stores import PATH, TINY, abandon_all, content, disk_of, names, new_store, open_store, put, reopened
+from stores import PATH, TINY, content, disk_of, names, new_store, open_store, put, reopened
 
 from imgfs.errors import Damaged, StoreLimit
 from imgfs.format import (
@@ -30,11 +29,7 @@ from imgfs.store import ROOT
 from imgfs.superblock import Superblock, pack_superblock, unpack_superblock
 from imgfs.volumes import volume_id_of
 
-
-@pytest.fixture(autouse=True)
-def _no_store_stays_open() -> Iterator[None]:
-    yield
-    abandon_all()
+pytestmark = pytest.mark.usefixtures("no_store_stays_open")
 
 
 def test_what_ends_within_its_header_is_damage() -> None:

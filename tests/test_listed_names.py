@@ -2,12 +2,12 @@
 
 import errno
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 from compacted import compact
 from listings import LARGE, entries, filled, of_everything, taken
-from stores import TINY, abandon_all, disk_of, new_store, put, write_image
+from stores import TINY, disk_of, new_store, put, write_image
 
 from imgfs.disk import Buffer, WouldBlock
 from imgfs.errors import DiskFailure, Stale
@@ -20,10 +20,7 @@ from imgfs.volumes import OpenVolume
 DEADLINE_S = 60
 
 
-@pytest.fixture(autouse=True)
-def _no_store_stays_open() -> Iterator[None]:
-    yield
-    abandon_all()
+pytestmark = pytest.mark.usefixtures("no_store_stays_open")
 
 
 class Reads:

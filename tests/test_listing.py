@@ -2,13 +2,12 @@
 
 import dataclasses
 import stat
-from collections.abc import Iterator
 from random import Random
 
 import pytest
 from hostile import NAMES
 from listings import LARGE, entries, filled, last_position, listed, names_of, of_everything, taken
-from stores import abandon_all, disk_of, new_store, open_store, put, reopened
+from stores import disk_of, new_store, open_store, put, reopened
 
 from imgfs import replies
 from imgfs.acts import Acts
@@ -21,10 +20,7 @@ from imgfs.store import ROOT
 ANSWER_BYTES = 4096
 
 
-@pytest.fixture(autouse=True)
-def _no_store_stays_open() -> Iterator[None]:
-    yield
-    abandon_all()
+pytestmark = pytest.mark.usefixtures("no_store_stays_open")
 
 
 @pytest.fixture
@@ -36,8 +32,10 @@ def page_of(acts: Acts, position: int, size: int = ANSWER_BYTES, *, bare: bool =
     page = acts.page(ROOT, position, size // replies.LISTED_BYTES_MIN)
     if page is None:
         return None
-    dots = replies.listing(1, acts.dots(ROOT, position), acts._store.access_times, acts.manner.timeout_s, size)[1]
-    entries = replies.entries(page, acts._store.access_times, acts.manner.timeout_s, bare=bare)
+    times = acts._store.access_times
+    dots = replies.listing(1, acts.dots(ROOT, position), times, acts.manner.timeout_s, size)[1]
+    atimes_ns = times.get_many(page.inodes, page.mtimes_ns)
+    entries = replies.entries(page, atimes_ns, acts.manner.timeout_s, bare=bare)
     return b"".join(entries.answer(1, dots, 0, size)[1:])
 
 

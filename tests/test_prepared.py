@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 from listings import LARGE, filled, last_position, of_everything
-from stores import abandon_all, new_store, put
+from stores import new_store, put
 
 from imgfs import prepared, replies
 from imgfs.acts import Acts, Manner
@@ -18,10 +18,7 @@ from imgfs.store import ROOT, Store
 ANSWER_BYTES = 4096
 
 
-@pytest.fixture(autouse=True)
-def _no_store_stays_open() -> Iterator[None]:
-    yield
-    abandon_all()
+pytestmark = pytest.mark.usefixtures("no_store_stays_open")
 
 
 class Lister:
