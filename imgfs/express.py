@@ -235,7 +235,7 @@ class Express:
         handle = _HANDLE.unpack_from(asked.body)[0]
         size = self._store.flush_bytes(handle)
         if size:
-            self._calls.at_once(asked.row, size, self._store.flush, handle, closing=True)
+            self._calls.at_once(asked.row, size, self._store.flush, handle)
         return replies.done(asked.unique)
 
     def _release(self, asked: Asked) -> Reply | None:

@@ -278,7 +278,7 @@ class Filesystem(pyfuse3.Operations):
         return done
 
     async def flush(self, fh: int) -> None:
-        await self._commit(fh, closing=True)
+        await self._commit(fh)
 
     async def release(self, fh: int) -> None:
         store = self._store
@@ -313,10 +313,10 @@ class Filesystem(pyfuse3.Operations):
 
     # -- how the store is called ------------------------------------------------------------------------------
 
-    async def _commit(self, handle: int, *, closing: bool = False) -> None:
+    async def _commit(self, handle: int) -> None:
         size = self._store.flush_bytes(handle)
         if size:
-            await self._change_of(size, functools.partial(self._store.flush, handle, closing=closing))
+            await self._change_of(size, self._store.flush, handle)
 
     async def _drop_privileges(self, inode: int) -> None:
         """Take from image *inode*, whose bytes were changed, what it was trusted with."""

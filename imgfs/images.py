@@ -40,6 +40,8 @@ _KIND, _DIRECTORY, _WRITTEN = Flag.KIND, int(Kind.DIRECTORY), Flag.STAGED | Flag
 VERIFIED_AT_OPEN = 4 * MIB
 # An image that one read takes whole, and that is in memory, is verified again then: that costs less than to keep it.
 _NOT_KEPT_BYTES = 128 << 10
+# So much is staged anew where a writer goes on behind a flush.
+_STAGED_ANEW_BYTES = 256 << 10
 
 
 class Whole(NamedTuple):
@@ -61,14 +63,7 @@ class Seen(NamedTuple):
 class Images:
     """The bytes of all images of one store."""
 
-    def __init__(
-        self,
-        table: Table,
-        volumes: Volumes,
-        handles: Handles,
-        staging: Staging,
-        log: Log | None,
-    ) -> None:
+    def __init__(self, table: Table, volumes: Volumes, handles: Handles, staging: Staging, log: Log | None) -> None:
         self._table = table
         self._volumes = volumes
         self._handles = handles
@@ -375,11 +370,11 @@ class Images:
         state = self.staged_state(inode)
         return state.size + 1 if state is not None and state.flags & DIRTY else 0
 
-    def commit(self, inode: int, *, closing: bool = False) -> None:
+    def commit(self, inode: int) -> None:
         """Within the lock: if *inode* is dirty, make what is staged the image, in one needle.
 
-        *closing*: its writer is not expected to go on. If it is the only one, and would find little to stage anew, what
-        is staged is ended in the same step: that costs half of what it costs to end it later.
+        What is staged is ended in the same step, at half the cost, if its only writer would find little to stage anew:
+        behind a flush, that of an fsync too, mostly nothing comes but a close.
 
         An image that was unlinked meanwhile is left as it is: nobody can find it after a crash.
 
@@ -408,7 +403,7 @@ class Images:
             attributes = self.waiting_attributes(inode)
             second = Part(Needle(Kind.XATTR, inode, data_size=len(attributes)), [attributes], None)
         if size <= SMALL_BYTES:
-            ended = closing and self._handles.writers(inode) == 1
+            ended = size <= _STAGED_ANEW_BYTES and self._handles.writers(inode) == 1
             data = self._staging.read(number, 0, size)
             if len(data) < size:  # the file is sparse at its end
                 data += bytes(size - len(data))

@@ -421,15 +421,15 @@ class Store(Xattrs):
 
         self._locked(change)
 
-    def flush(self, handle: int, *, closing: bool = False) -> None:
-        """Make what was written the image: the commit point of close(2), which is *closing* it.
+    def flush(self, handle: int) -> None:
+        """Make what was written the image: the commit point of close(2).
 
         Raises:
             StoreFull, DiskFailure: the old image is whole.
         """
         inode, flags = self._handles.get(handle)
         if flags & WRITE and self._images.dirty_bytes(inode):
-            self._locked(lambda _: self._images.commit(inode, closing=closing))
+            self._locked(lambda _: self._images.commit(inode))
 
     def flush_bytes(self, handle: int) -> int:
         """Return how many bytes `flush` would copy, 0 if it has nothing to do."""

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -126,3 +128,17 @@ def test_processes_never_give_out_the_same(memory: Memory) -> None:
         handles.release(handle)  # who opened it does not matter
     assert len([handles.open(2, 0) for _ in range(2000)]) == 2000
     handles.close()
+
+
+def test_nothing_has_to_be_loaded_when_an_image_is_opened() -> None:
+    script = """
+import sys
+from imgfs.handles import Handles
+from imgfs.memory import Memory
+
+handles, loaded = Handles(Memory()), set(sys.modules)
+handles.release(handles.open(9, 0))
+assert handles.slots() == []
+print(*set(sys.modules) - loaded)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "\n"

@@ -167,14 +167,14 @@ def flush(store: Store) -> Scene:
 def close(store: Store) -> Scene:
     _, handle = store.create_image(ROOT, b"a", 0o644, 1, 1)
     store.write(handle, 0, b"bytes")
-    return Scene(lambda worker: worker.flush(handle, closing=True), once=False)
+    return Scene(lambda worker: worker.flush(handle), once=False)
 
 
 def close_one_of_two(store: Store) -> Scene:
     inode, handle = store.create_image(ROOT, b"a", 0o644, 1, 1)
     store.open_image(inode, write=True)
     store.write(handle, 0, b"bytes")
-    return Scene(lambda worker: worker.flush(handle, closing=True), once=False)
+    return Scene(lambda worker: worker.flush(handle), once=False)
 
 
 def flush_with_attributes(store: Store) -> Scene:

@@ -127,7 +127,7 @@ def test_nothing_of_the_image_before_is_seen_in_a_file_that_was_kept(store: Stor
 
     def closed(inode: int, handle: int, data: bytes) -> None:
         assert read_all(store, handle) == data
-        store.flush(handle, closing=True)
+        store.flush(handle)
         store.release(handle)
         assert content(store, inode) == killed_content(store, b"after") == data
         store.unlink(ROOT, b"after")
@@ -168,6 +168,27 @@ def test_two_handles_write_one_image(store: Store) -> None:
     store.release(other)
     assert read_all(store, reader) == b"AB23!567YZ"
     assert not any(map(len, staged_files(store)))
+
+
+@pytest.mark.parametrize("size", [100, 256 * KIB, 256 * KIB + 1])
+def test_a_writer_goes_on_behind_a_flush(store: Store, size: int) -> None:
+    inode, handle = store.create_image(ROOT, b"log", 0o644, 0, 0)
+    store.write(handle, 0, b"x" * size)
+    store.flush(handle)
+    assert store.has_staged(handle) == (size > 256 * KIB), "what is little is not expected to be gone on with"
+    store.write(handle, size, b"more")
+    assert store.has_staged(handle)
+    assert killed_content(store, b"log") == b"x" * size
+    store.flush(handle)
+    assert killed_content(store, b"log") == content(store, inode) == b"x" * size + b"more"
+    second = store.open_image(inode, write=True)
+    store.write(handle, 0, b"y")
+    store.flush(handle)
+    assert store.has_staged(second), "with two writers one may still go on"
+    store.write(second, 1, b"z")
+    store.release(handle)
+    store.release(second)
+    assert content(store, inode) == b"yz" + b"x" * (size - 2) + b"more"
 
 
 def test_overwriting_is_copy_on_write(store: Store) -> None:
