@@ -80,12 +80,22 @@ class Volumes:
         with self._lock:
             if entry not in self._open:
                 path = volume_path(self._directory, self._table.volume(entry).volume_id)
-                if not self._disk.exists(path):
-                    raise Stale(f"the volume in row {entry} is removed")
-                volume = Volume.open(self._disk, path)
-                names = Names(self._disk, self._disk.open(index_paths(path).names))
-                self._open[entry] = OpenVolume(volume, names)
+                try:
+                    self._open[entry] = self._opened(path)
+                except FileNotFoundError:
+                    if self._disk.exists(path):
+                        raise
+                    raise Stale(f"the volume in row {entry} is removed") from None
             return self._open[entry]
+
+    def _opened(self, path: str) -> OpenVolume:
+        """Open the volume at *path*, which may be removed meanwhile."""
+        volume = Volume.open(self._disk, path)
+        try:
+            return OpenVolume(volume, Names(self._disk, self._disk.open(index_paths(path).names)))
+        except BaseException:
+            volume.close()
+            raise
 
     def _forget(self) -> None:
         """Close the volumes that were removed; their rows may hold others by now."""

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from imgfs.disk import Disk
 from imgfs.errors import Busy, OtherLayout, Stale
 from imgfs.layout import Word
 from imgfs.settings import KIB
-from imgfs.store import ROOT, Store
+from imgfs.store import ROOT, Store, make_store
 from imgfs.volumes import VOLUMES, OpenVolume, Volumes
 
 
@@ -133,6 +134,41 @@ def test_a_sync_that_stood_still_says_nothing_of_the_volume_that_has_its_row_now
         assert told == [(words[Word.DURABLE], words[Word.SYNCED])]
         assert words[Word.DURABLE] < words[Word.ACTIVE_END]
         other.leave()
+
+
+class _RemovingDisk(Disk):
+    """Another process removes these files just before the names in them are opened."""
+
+    def __init__(self, suffixes: tuple[str, ...]) -> None:
+        super().__init__()
+        self._suffixes = suffixes
+
+    def open(self, path: str, *, writable: bool = False, create: bool = False, exclusive: bool = False) -> int:
+        if path.endswith(".names"):
+            for suffix in self._suffixes:
+                self.unlink(path.removesuffix(".names") + suffix)
+        return super().open(path, writable=writable, create=create, exclusive=exclusive)
+
+
+@pytest.mark.parametrize(
+    ("removed", "expected"), [((".vol", ".names"), Stale), ((".names",), FileNotFoundError), ((".vol",), None)]
+)
+def test_a_volume_that_is_removed_while_it_is_opened_is_gone(
+    tmp_path: Path, removed: tuple[str, ...], expected: type[Exception] | None
+) -> None:
+    path = str(tmp_path / "store")
+    make_store(path, uid=0, gid=0)
+    store = Store.open(path)
+    volumes = Volumes(_RemovingDisk(removed), f"{path}/{VOLUMES}", store._table)
+    before = os.listdir("/proc/self/fd")
+    if expected is None:
+        assert volumes.get(0).volume.header.volume_id == 1, "all of it was opened in time"
+    else:
+        with pytest.raises(expected):
+            volumes.get(0)
+        assert os.listdir("/proc/self/fd") == before
+    volumes.close()
+    store.leave()
 
 
 def test_no_thread_gets_a_removed_volume_while_another_closes_those_that_are() -> None:
