@@ -30,7 +30,7 @@ _GIVING_AT, _GIVING = 160, 65  # words
 # Words of the page. A worker stores some of them for each request, without a call in between.
 PAUSE, REPLY_BYTES, WATCHER, LAST = range(4)
 # Words of one worker.
-READING_SINCE_NS, BEAT_NS, IN_HAND, ANSWERED, READY, WAITED, WAITED_NS = range(7)
+READING_SINCE_NS, BEAT_NS, ANSWERED_LATE, ANSWERED, READY, WAITED, WAITED_NS = range(7)
 
 
 class Post:
@@ -40,7 +40,6 @@ class Post:
 
     def __init__(self, words: memoryview, worker: int) -> None:
         self.words = words[_WORKER_AT + worker * _WORDS_EACH :][:_WORDS_EACH]
-        # Requests are read on the loop of a worker; some are answered in a thread.
         self._lock = threading.Lock()
 
     def clear(self) -> None:
@@ -63,26 +62,14 @@ class Post:
         self.words[BEAT_NS] = value
 
     @property
-    def in_hand(self) -> int:
-        """How many requests it has read and not answered."""
-        return self.words[IN_HAND]
-
-    @property
     def answered(self) -> int:
-        """How many requests it has answered."""
-        return self.words[ANSWERED]
+        """How many requests it has answered: at once, which its loop counts in a word of its own, and late."""
+        return self.words[ANSWERED] + self.words[ANSWERED_LATE]
 
-    def took(self) -> None:
-        """Note that it has read one more request."""
+    def answered_late(self) -> None:
+        """Note that it has answered a request, in any thread."""
         with self._lock:
-            self.words[IN_HAND] += 1
-
-    def gave(self) -> None:
-        """Note that it has answered a request."""
-        words = self.words
-        with self._lock:
-            words[IN_HAND] -= 1
-            words[ANSWERED] += 1
+            self.words[ANSWERED_LATE] += 1
 
     def waited(self, time_ns: int) -> None:
         """Note that a request had to wait for the disk for so long."""

@@ -29,7 +29,7 @@ import trio
 
 from imgfs import wire
 from imgfs.awake import PATIENCE_S, Awake
-from imgfs.board import LAST, PAUSE, READING_SINCE_NS, WATCHER, Board
+from imgfs.board import ANSWERED, LAST, PAUSE, READING_SINCE_NS, WATCHER, Board
 from imgfs.device import Device
 from imgfs.disk import Buffer, WouldBlock
 from imgfs.errors import MountFailed
@@ -236,8 +236,6 @@ class Desk:
         seat = self._seats[trio.lowlevel.current_task()]
         if seat.request != request:  # for one setxattr pyfuse3 calls getxattr first
             self._requests.begin(seat.row, request)
-            if seat.request is None:
-                self._post.took()
             seat.request = request
 
     def _came_back(self) -> None:
@@ -254,11 +252,8 @@ class Desk:
             seat = self._seats[task] = _Seat(self._first_row + len(self._seats))
         elif seat.request is not None:
             seat.request = seat.applied = None
-            self._end(seat)
-
-    def _end(self, seat: _Seat) -> None:
-        self._requests.end(seat.row)
-        self._post.gave()
+            self._requests.end(seat.row)
+            self._post.words[ANSWERED] += 1
 
     def _hand_over(self, seat: _Seat, request: Request, size: int) -> None:
         """Let pyfuse3 read the *request* of *size* bytes that is in the buffer, next."""
@@ -276,7 +271,10 @@ class Desk:
 
     def _write(self, reply: Reply) -> None:
         try:
-            os.writev(self._fuse, reply)
+            if len(reply) == 1:
+                os.write(self._fuse, reply[0])
+            else:
+                os.writev(self._fuse, reply)
         except OSError as error:
             if error.errno != errno.ENOENT:  # nobody waits for it any more
                 raise
@@ -350,15 +348,15 @@ class Desk:
         woken, self._woken = self._woken, False
         if words[WATCHER] not in (0, self._number):
             return self._awake.look()
-        if woken and words[LAST] not in (0, self._number) and not self._board.posts[words[LAST] - 1].in_hand:
+        if woken and words[LAST] not in (0, self._number) and not self._requests.busy(words[LAST] - 1):
             return False  # it was woken, too, and has at hand what it has prepared for who asks
         words[WATCHER] = self._number
         found = self._awake.wait(patience_ms)
         words[WATCHER] = 0
         return found
 
-    def _serve(self, patience_ms: int) -> _Came:
-        """Answer requests until one is not for us, or none comes: the first within *patience_ms*."""
+    def _serve(self, patient: bool) -> _Came:
+        """Answer requests until one is not for us, or none comes; not *patient*, the first must be there already."""
         seat = self._seats[trio.lowlevel.current_task()]
         row, requests, buffer, answer = seat.row, self._requests, self._buffer, self.express.answer
         shared, ours, late = self._board.words, self._post.words, self._late
@@ -367,12 +365,12 @@ class Desk:
             self._in_a_row += 1
             if late is not None and late.due_ns:
                 late.retry()
-                patience_ms = self._patience_ms()
+                patient = True
                 if not expected and late.due_ns:
                     expected = self._awake.wait_until(late.due_ns)
                     if not expected:
                         continue
-            if not expected and not self._watch(patience_ms):
+            if not expected and not self._watch(self._patience_ms() if patient else 0):
                 return _Came.NOTHING
             # In this order: who shuts the gate sees that we read, or we see that it is shut.
             ours[READING_SINCE_NS] = time.monotonic_ns()
@@ -398,7 +396,6 @@ class Desk:
             self._awake.asked(head[6])
             request = wire.identify(head, raw)
             requests.begin(row, request)
-            self._post.took()
             shared[LAST] = self._number if self._awake.alone else 0
             ours[READING_SINCE_NS] = 0
             expected = not self.wait.count
@@ -407,7 +404,7 @@ class Desk:
             except WouldBlock:
                 retried = self._fuse <= _SELECTED_MAX
                 if late is not None and late.put_off(head, raw, request, row, retried=retried):
-                    patience_ms = self._patience_ms()
+                    patient = True
                     continue
                 reply = None
             except Unsynced:
@@ -418,8 +415,9 @@ class Desk:
                 self._hand_over(seat, request, size)
                 return _Came.ONE_FOR_PYFUSE3
             self._write(reply)
-            self._end(seat)
-            patience_ms = self._patience_ms()
+            requests.end(row)
+            ours[ANSWERED] += 1
+            patient = True
         return _Came.MANY
 
     def _patience_ms(self) -> int:
@@ -435,10 +433,10 @@ class Desk:
                 return  # INIT waits in the socket
             self._take_over()
         naps = 0
-        patience_ms = self._patience_ms()
+        patient = True
         while True:
             answered = self._post.answered
-            came = self._serve(patience_ms)
+            came = self._serve(patient)
             if came is _Came.ONE_FOR_PYFUSE3:
                 return
             if came is _Came.MANY:
@@ -457,7 +455,7 @@ class Desk:
                 self._woken = True
                 naps = 0
             naps += 1
-            patience_ms = 0
+            patient = False
 
     async def _wait_for_any(self) -> None:
         """Return when there is a request; if that takes long, processors may halt meanwhile."""

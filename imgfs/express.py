@@ -55,6 +55,10 @@ class Asked(NamedTuple):
     """Where it is noted as being in hand."""
 
 
+# `_make` of what has the right number of fields by nature.
+_asked: Callable[..., Asked] = tuple.__new__
+
+
 class Express:
     """Answers for one worker."""
 
@@ -100,7 +104,7 @@ class Express:
             Unsynced: it is for `synced`; if it is done again, that finds nothing left.
         """
         _, opcode, unique, node, uid, gid, thread, _, _ = head
-        asked = Asked(unique, node, uid, gid, thread, request[_HEADER_BYTES:], row)
+        asked = _asked(Asked, (unique, node, uid, gid, thread, request[_HEADER_BYTES:], row))
         try:
             look = self._looks.get(opcode)
             if look is not None:

@@ -180,4 +180,4 @@ class LateRequests:
         self._write(reply)
         self._requests.end(late.row)
         self._free_rows.append(late.row)
-        self._post.gave()
+        self._post.answered_late()

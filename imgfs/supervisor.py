@@ -301,12 +301,12 @@ class Supervisor:
     def _wait_for_answers(self, dead: list[Dead]) -> None:
         """Let the living answer what they hold; kill those that take too long, their requests are sent again."""
         deadline = time.monotonic() + _ANSWER_S
-        posts = self._board.posts
-        while any(posts[number].in_hand for number in self._workers.values()) and time.monotonic() < deadline:
+        busy = self._store.requests.busy
+        while any(map(busy, self._workers.values())) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
             self._collect(dead)
         for number in list(self._workers.values()):
-            if posts[number].in_hand:
+            if busy(number):
                 self._kill(number, dead, "it took too long to answer while another was replaced")
 
     def _collect(self, dead: list[Dead]) -> None:
@@ -487,7 +487,7 @@ class Supervisor:
         if not self._device.is_dead():
             self._still_reading()
             deadline = time.monotonic() + _READ_S
-        while any(self._board.posts[number].in_hand for number in self._workers.values()):
+        while any(map(self._store.requests.busy, self._workers.values())):
             if time.monotonic() > deadline:
                 break
             time.sleep(_POLL_S)

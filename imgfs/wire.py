@@ -88,6 +88,8 @@ class Opcode:
 
 
 NAMES = {number: name for name, number in vars(Opcode).items() if isinstance(number, int)}
+# `_make` of what has the right number of fields by nature.
+_request: Callable[..., Request] = tuple.__new__
 # Nobody waits for an answer to these.
 UNANSWERED = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
 
@@ -115,9 +117,9 @@ def identify(head: Head, data: memoryview | bytes) -> Request:
     _, opcode, _, node, _, _, thread, _, _ = head
     read = _BODIES.get(opcode)
     if read is None:
-        return Request(opcode, thread, node, 0)
+        return _request(Request, (opcode, thread, node, 0))
     opcode, anonymous, key = read(bytes(data[IN_HEADER.size : _PARSED_BYTES_MAX]))
-    return Request(opcode, 0, 0, key) if anonymous else Request(opcode, thread, node, key)
+    return _request(Request, (opcode, 0, 0, key) if anonymous else (opcode, thread, node, key))
 
 
 def error_reply(unique: int, number: int) -> bytes:

@@ -8,6 +8,10 @@ import pytest
 
 from imgfs.board import LAST, WATCHER, Board
 from imgfs.desk import Desk
+from imgfs.handles import Handles
+from imgfs.memory import Memory
+from imgfs.requests import TASKS_MAX, Request, Requests
+from imgfs.wire import Opcode
 
 OURS, OTHER = 0, 1
 
@@ -15,8 +19,10 @@ OURS, OTHER = 0, 1
 @pytest.fixture
 def desk() -> Iterator[Desk]:
     """That of worker 0, with a request to read."""
-    nobody: Any = None
-    desk = Desk(OURS, nobody, Board(), nobody)
+    memory, nobody = Memory(), cast(Any, None)
+    handles = Handles(memory)
+    requests = Requests(memory, handles)
+    desk = Desk(OURS, nobody, Board(), requests)
     read, write = os.pipe()
     os.write(write, b"request")
     desk._awake.listen_to(read)
@@ -24,6 +30,9 @@ def desk() -> Iterator[Desk]:
     desk.close()
     os.close(read)
     os.close(write)
+    requests.close()
+    handles.close()
+    memory.close()
 
 
 def comes(desk: Desk, *, woken: bool) -> bool:
@@ -45,10 +54,9 @@ def test_who_served_a_client_last_is_left_the_next_request_for_a_moment(desk: De
 
 def test_but_not_if_it_has_another_in_hand(desk: Desk) -> None:
     desk._board.words[LAST] = OTHER + 1
-    other = desk._board.posts[OTHER]
-    other.took()
+    desk._requests.begin(OTHER * TASKS_MAX, Request(Opcode.GETATTR, 1, 2, 3))
     assert comes(desk, woken=True)
-    other.gave()
+    desk._requests.end(OTHER * TASKS_MAX)
     assert not comes(desk, woken=True)
 
 

@@ -19,7 +19,7 @@ from powercut import SimulatedDisk
 from stores import PATH, abandon_all, content, disk_of, names, new_store, open_store, put
 from survivors import NOTHING_UNSYNCED
 
-from imgfs.board import Board, Post
+from imgfs.board import Board
 from imgfs.calls import INLINE_BYTES
 from imgfs.late import LateRequests, Unsynced
 from imgfs.layout import Word
@@ -71,11 +71,11 @@ class Waiting:
 
     def __init__(self, door: Door, nursery: trio.Nursery) -> None:
         self.answers: dict[int, int] = {}
-        self.post: Post = Board().posts[0]
+        post = Board().posts[0]
         self.rows = list(LATE_ROWS)
         self._door = door
         self._requests = door.store.requests
-        self._late = LateRequests(door.express, self._requests, self.rows, self.post, nursery, self._write)
+        self._late = LateRequests(door.express, self._requests, self.rows, post, nursery, self._write)
 
     def _write(self, reply: Reply) -> None:
         _, error, unique = OUT_HEADER.unpack(bytes(reply[0]))
@@ -88,14 +88,11 @@ class Waiting:
         self._requests.begin(ROW, request)
         with pytest.raises(Unsynced):
             self._door.express.answer(head, memoryview(raw), ROW)
-        taken = self._late.await_sync(head, memoryview(raw), request, ROW)
-        if taken:
-            self.post.took()
-        return taken
+        return self._late.await_sync(head, memoryview(raw), request, ROW)
 
     async def all_answered(self, count: int) -> dict[int, int]:
         """Return the errno of each answer when there are *count*, and nothing is left in hand."""
-        await until(lambda: len(self.answers) >= count and not self.post.in_hand)
+        await until(lambda: len(self.answers) >= count and not self._requests.busy(0))
         assert self._requests.in_hand(0) == []
         return self.answers
 
@@ -149,7 +146,6 @@ async def test_those_who_come_during_a_sync_share_the_next_and_its_failure(
     await gate.wait_for_begin()
     for unique in range(2, 6):
         assert waiting.fsync(write(door, b"%d" % unique), unique)
-    assert waiting.post.in_hand == 5
     assert len(door.store.requests.in_hand(0)) == 5, "whoever settles what a worker leaves finds them"
     gate.go_on.release()
     await gate.wait_for_begin()
