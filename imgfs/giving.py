@@ -24,7 +24,8 @@ from collections.abc import Callable
 from imgfs.disk import Buffer
 from imgfs.errors import ImgfsError
 from imgfs.handles import Handles
-from imgfs.images import Images, Seen
+from imgfs.image_reading import Seen
+from imgfs.images import Images
 from imgfs.memory import Memory
 
 

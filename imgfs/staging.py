@@ -20,7 +20,7 @@ from imgfs.layout import AT_STAGED_STATE, PAGE, STAGED, STAGED_AT, STAGED_BYTES,
 from imgfs.memory import Memory
 
 DIRTY = 1  # flag: differs from what the volumes hold
-SPOILED = 2  # flag: a write found the disk full, so that this is not what somebody meant
+SPOILED = 2  # flag: a write found the disk full, so that this is not what somebody meant; alone: nothing is staged
 ATTRIBUTED = 4  # flag: extended attributes wait in a file of their own for the first needle of the image
 _TURN = 8  # flag: which of two such files it is
 _EMPTY = 16  # flag of an entry that nobody finds: its file holds nothing that counts
@@ -67,6 +67,11 @@ class State(NamedTuple):
     size: int
     mtime_ns: int
     ctime_ns: int
+
+
+def is_refused(flags: int) -> bool:
+    """Return whether the entry with these *flags* stands for writes that were refused, and has no bytes of its own."""
+    return flags & (DIRTY | SPOILED) == SPOILED
 
 
 # `_make` of what has the right number of fields by nature.
@@ -188,7 +193,8 @@ class Staging:
         used, number = self._memory.words[Word.STAGED], self._free_entry()
         if number >= STAGED_MAX:
             raise TooManyOpen(f"{STAGED_MAX} images are being written; close some")
-        if number == used or self.state(number).flags != _EMPTY:
+        # One that has no bytes takes nothing of a disk which may have no room for an empty file.
+        if (number == used or self.state(number).flags != _EMPTY) and not is_refused(entry.flags):
             self.free(number)
         try:
             at = 0
@@ -226,7 +232,8 @@ class Staging:
         The next image that is staged there writes over it, up to the size that its own entry says, which takes a fifth
         of the time of giving the pages back and getting others.
         """
-        if number >= _KEPT_FILES or not PAGE <= self.state(number).size <= _KEPT_BYTES_MAX:
+        flags, _, size, _, _ = self.state(number)
+        if not is_refused(flags) and (number >= _KEPT_FILES or not PAGE <= size <= _KEPT_BYTES_MAX):
             self._disk.truncate(self.file(number), 0)
         at = STAGED_AT + STAGED_BYTES * number + AT_STAGED_STATE
         self._memory.map[at : at + len(_EMPTY_STATE)] = _EMPTY_STATE

@@ -428,7 +428,7 @@ class Store(Xattrs):
             StoreFull, DiskFailure: the old image is whole.
         """
         inode, flags = self._handles.get(handle)
-        if flags & WRITE and self._images.dirty_bytes(inode):
+        if flags & WRITE:
             self._locked(lambda _: self._images.commit(inode))
 
     def flush_bytes(self, handle: int) -> int:

@@ -15,7 +15,8 @@ from imgfs.errors import InvalidArgument, IsADirectory, NameTooLong, NotADirecto
 from imgfs.format import ALIGNMENT, NAME_BYTES_MAX, Kind, footer_bytes, inode_of, slot_of
 from imgfs.giving import Giving
 from imgfs.handles import WRITE, Handles
-from imgfs.images import Images, Seen
+from imgfs.image_reading import Seen
+from imgfs.images import Images
 from imgfs.layout import SLOTS_MAX, SUBDIRECTORIES_MANY, Flag, Word
 from imgfs.listing import Listing, Page
 from imgfs.load import links_of, live_bytes

@@ -52,7 +52,7 @@ def failures(made: list[Seed], kind: str = "") -> Iterator[str]:
 
 
 def test_wrong_bytes_would_be_noticed(made: list[Seed], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imgfs.images.checksums", lambda data: ANY)
+    monkeypatch.setattr("imgfs.image_reading.checksums", lambda data: ANY)
     assert any("wrong bytes" in text for text in failures(made))
 
 

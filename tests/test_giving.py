@@ -17,7 +17,7 @@ from imgfs.disk import Buffer, WouldBlock
 from imgfs.errors import ImgfsError
 from imgfs.format import slot_of
 from imgfs.giving import Giving
-from imgfs.images import Seen
+from imgfs.image_reading import Seen
 from imgfs.store import ROOT, Store
 
 DATA = b"some bytes"

@@ -59,21 +59,91 @@ def test_a_mode_that_was_synced_survives_though_the_image_is_being_written() -> 
     store.close()
 
 
-def test_an_image_that_lacks_a_write_is_not_closed_as_whole_after_an_fsync() -> None:
+def refused(begun: str) -> tuple[SimulatedDisk, Store, int, int]:
+    """Return (disk, store, inode, handle) where a write to an image found no room, before anything was staged of it."""
     disk = SimulatedDisk(400 * KIB)
     store = new_store(disk)
-    inode, handle = store.create_image(ROOT, b"a", 0o644, 0, 0)
-    store.write(handle, 0, b"1" * 1000)
-    store.fsync(handle)
+    if begun == "opened":
+        inode = put(store, b"1", 1000)
+        handle = store.open_image(inode, write=True)
+    else:
+        inode, handle = store.create_image(ROOT, b"1", 0o644, 0, 0)
+        store.write(handle, 0, b"1" * 1000)
+        (store.fsync if begun == "fsynced" else store.flush)(handle)
     disk.fail_next("write", errno.ENOSPC)
     with pytest.raises(StoreFull):
         store.write(handle, 1000, b"2" * 1000)
-    store.write(handle, 2000, b"3" * 1000)
-    with pytest.raises(StoreFull, match="the old one stays"):
-        store.flush(handle)
+    return disk, store, inode, handle
+
+
+# Flushed: by the close of another descriptor, as that of a program to which a shell has handed it.
+@pytest.mark.parametrize("begun", ["opened", "fsynced", "flushed"])
+def test_an_image_that_lacks_a_write_is_not_closed_as_whole(begun: str) -> None:
+    disk, store, inode, handle = refused(begun)
+    for _ in range(2):
+        with pytest.raises(StoreFull, match="open it again"):
+            store.write(handle, 2000, b"3" * 1000)
+        assert store.flush_bytes(handle), "a close has something to say"
+        with pytest.raises(StoreFull, match="the old one stays"):
+            store.flush(handle)
+    assert (content(store, inode), store.attr(inode).size) == (b"1" * 1000, 1000)
+    store.set_attr(inode, mode=0o600, mtime_ns=9)
     with pytest.raises(StoreFull):
         store.release(handle)
+    assert (content(store, inode), store.attr(inode).mode, store.attr(inode).mtime_ns) == (b"1" * 1000, 0o600, 9)
+    handle = store.open_image(inode, write=True)
+    assert store.stage_bytes(handle) == 1000, "nothing is staged any more"
+    store.write(handle, 1000, b"4")
+    store.release(handle)
+    assert content(store, inode) == b"1" * 1000 + b"4"
+    store.close()
+    with Store.open(PATH, disk=disk, settings=SETTINGS) as store:
+        assert content(store, inode) == b"1" * 1000 + b"4"
+
+
+@pytest.mark.parametrize("begun", ["opened", "fsynced", "flushed"])
+def test_who_cuts_an_image_that_lacks_a_write_begins_anew(begun: str) -> None:
+    _, store, inode, handle = refused(begun)
+    with pytest.raises(StoreFull):
+        store.truncate(inode, 500)
+    store.truncate(inode, 0)
+    store.write(handle, 0, b"anew")
+    store.release(handle)
+    assert content(store, inode) == b"anew"
+    store.close()
+
+
+def test_what_is_staged_and_clean_when_a_write_is_refused_is_no_longer_used() -> None:
+    disk = SimulatedDisk(400 * KIB)
+    store = new_store(disk)
+    inode, first = store.create_image(ROOT, b"1", 0o644, 0, 0)
+    second = store.open_image(inode, write=True)
+    store.write(first, 0, b"1" * 1000)
+    store.flush(first)
+    assert store.has_staged(second), "of two writers one may go on"
+    disk.fail_next("write", errno.ENOSPC)
+    with pytest.raises(StoreFull):
+        store.write(first, 500, b"2" * 1000)
+    for handle in (first, second):
+        with pytest.raises(StoreFull, match="open it again"):
+            store.write(handle, 0, b"3")
+        with pytest.raises(StoreFull, match="the old one stays"):
+            store.release(handle)
     assert content(store, inode) == b"1" * 1000
+    store.close()
+
+
+def test_a_write_that_finds_room_at_the_second_try_counts() -> None:
+    disk = SimulatedDisk()
+    store = new_store(disk)
+    inode, handle = store.create_image(ROOT, b"a", 0o644, 0, 0)
+    store.write(handle, 0, b"1" * 1000)
+    disk.fail_next("write", errno.ENOSPC)
+    with pytest.raises(StoreFull):
+        store.write(handle, 1000, b"2" * 1000, last_try=False)
+    store.write(handle, 1000, b"2" * 1000)
+    store.release(handle)
+    assert content(store, inode) == b"1" * 1000 + b"2" * 1000
     store.close()
 
 

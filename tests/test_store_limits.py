@@ -87,9 +87,9 @@ def test_a_full_disk_refuses_images_and_lets_them_be_deleted() -> None:
         assert caught.value.errno == errno.ENOSPC
         assert tree(store) == before
     assert killed_content(store, b"old") == b"old"
-    store.release(writer)
-    with pytest.raises(StoreFull):
-        store.release(handle)
+    for each in (writer, handle):
+        with pytest.raises(StoreFull):
+            store.release(each)
     for number in range(count):
         store.unlink(ROOT, b"fill %d" % number)
     store.rename(ROOT, b"old", ROOT, b"kept")
