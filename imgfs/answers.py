@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from pyfuse3 import FUSEError
 
-from imgfs.errors import ImgfsError
+from imgfs.errors import ImgfsError, Spoiled
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ def answered(handler: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]
         try:
             return await handler(operations, *args)
         except ImgfsError as error:
-            if error.errno not in _OUT_OF_SPACE or not await operations.find_room():
+            helps = error.errno in _OUT_OF_SPACE and not isinstance(error, Spoiled)
+            if not helps or not await operations.find_room():
                 raise
             return await handler(operations, *args)
 

@@ -142,6 +142,10 @@ class StoreFull(ImgfsError):
     exit_code = EXIT_NO_SPACE
 
 
+class Spoiled(StoreFull):
+    """A write to this image found no room; it cannot be closed as whole, and no room that comes later helps it."""
+
+
 class StoreLimit(ImgfsError):
     """A limit of the format is reached (images, owners, or volumes); the store is as it was before the call."""
 

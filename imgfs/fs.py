@@ -30,7 +30,7 @@ from imgfs.answers import all_answered
 from imgfs.calls import Calls
 from imgfs.desk import Desk
 from imgfs.disk import WouldBlock
-from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, Stale, StoreFull
+from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, Spoiled, Stale, StoreFull
 from imgfs.format import NAME_BYTES_MAX, Kind
 from imgfs.store import PERMISSIONS, Attr, Store
 
@@ -271,6 +271,8 @@ class Filesystem(pyfuse3.Operations):
         size, write = len(buf) + store.stage_bytes(fh), functools.partial(store.write, fh, off, buf)
         try:
             done = await self._change_of(size, functools.partial(write, last_try=False))
+        except Spoiled:
+            raise
         except StoreFull:
             await self.find_room()
             done = await self._change_of(size, write)
@@ -296,6 +298,8 @@ class Filesystem(pyfuse3.Operations):
         parent, name = store.parent(inode), store.name(inode)
         try:
             await self._commit(fh)
+        except Spoiled:
+            pass  # no room helps; it is dropped at once, or who opens it next would find it so
         except StoreFull:
             await self.find_room()
         try:

@@ -13,6 +13,7 @@ from imgfs.errors import (
     BadHandle,
     DiskFailure,
     ReadOnly,
+    Spoiled,
     StoreFull,
     TooLarge,
     TooManyOpen,
@@ -71,7 +72,7 @@ class Images(ImageReading):
         number = self._staging.find(inode)
         if number >= 0:
             if not empty and is_refused(self._staging.state(number).flags):
-                raise StoreFull("the disk was full when this image was written; open it again")
+                raise Spoiled("the disk was full when this image was written; open it again")
             return number
         record = self.record(inode)
         now = self.writer().now_ns()
@@ -112,7 +113,7 @@ class Images(ImageReading):
         Raises:
             BadHandle: the handle cannot write.
             TooLarge: past 4 GiB - 1.
-            StoreFull: no room; what was staged before stays.
+            StoreFull: no room; what was staged before stays. Spoiled: with *last_try*, or once that was so.
         """
         inode = self.writing_inode(handle)
         end = offset + len(data)
@@ -129,9 +130,10 @@ class Images(ImageReading):
                 self._staging.write(number, offset, data)
             except (OSError, StoreFull) as error:
                 failure = disk_error(error, "staging") if isinstance(error, OSError) else error
-                if last_try or not isinstance(failure, StoreFull):
+                full = isinstance(failure, StoreFull)
+                if last_try or not full:
                     self._spoil(inode)
-                raise failure from error
+                raise Spoiled(str(failure)) if last_try and full else failure from error
             self._dirty(number, max(size, end))
         return len(data)
 
@@ -195,7 +197,7 @@ class Images(ImageReading):
         An image that was unlinked meanwhile is left as it is: nobody can find it after a crash.
 
         Raises:
-            StoreFull, DiskFailure: as `Log.append`, StoreFull also if a write had found the disk full; the old image is
+            StoreFull, DiskFailure: as `Log.append`, Spoiled if a write had found the disk full; the old image is
                 whole, and what is staged stays.
         """
         if not self._table.record(slot_of(inode)).flags & Flag.STAGED:
@@ -210,7 +212,7 @@ class Images(ImageReading):
         if not record.live:
             return
         if flags & SPOILED:
-            raise StoreFull("the disk was full when this image was written; the old one stays")
+            raise Spoiled("the disk was full when this image was written; the old one stays")
         uid, gid, mode = self._table.owner(owner)
         parent, name = self.own_name(inode, record)
         needle = Needle(record.kind, inode, parent, name, size, mode, uid, gid, 0, mtime_ns, ctime_ns)

@@ -453,6 +453,23 @@ def test_the_kernel_forgets_what_could_not_be_written(mounted: Mounted, disk: Xf
             assert os.listdir(mounted.point) == ["old"]
 
 
+def test_who_opens_an_image_again_is_not_told_of_a_write_that_was_refused(mounted: Mounted, disk: XfsDisk) -> None:
+    mounted.expected_log.append(LOST)
+    image = mounted.point / "image"
+    image.write_bytes(b"old" * 100)
+    with disk.filled_up(leaving=MIB):
+        writing = os.open(image, os.O_RDWR)
+        for _ in range(2):
+            assert failure(os.pwrite, writing, b"new", 0) == "ENOSPC"
+        assert (os.pread(writing, 6, 0), os.fstat(writing).st_size) == (b"oldold", 300)
+        assert failure(os.close, writing) == "ENOSPC"
+        wait_until(lambda: "is lost" in mounted.log.read_text(), "it is given up")
+    writing = os.open(image, os.O_RDWR)
+    os.pwrite(writing, b"new", 0)
+    os.close(writing)
+    assert image.read_bytes() == b"new" + b"old" * 99
+
+
 def test_a_hole_larger_than_the_disk_is_refused_and_harmless(mounted: Mounted) -> None:
     mounted.expected_log.append(LOST)
     image = mounted.point / "image"

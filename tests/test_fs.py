@@ -11,7 +11,7 @@ import trio.testing
 from pyfuse3 import FUSEError
 
 from imgfs.answers import all_answered
-from imgfs.errors import Damaged, NotFound
+from imgfs.errors import Damaged, NotFound, Spoiled, StoreFull
 from imgfs.fs import Filesystem
 from imgfs.group_sync import GroupSync
 
@@ -73,6 +73,26 @@ async def test_a_bug_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixtu
     assert record.levelno == logging.ERROR
     assert record.exc_info is not None
     assert isinstance(record.exc_info[1], ZeroDivisionError)
+
+
+@pytest.mark.parametrize(("error", "tries"), [(StoreFull("no room"), 2), (Spoiled("no room in time"), 1)])
+async def test_room_is_sought_where_it_helps(error: Exception, tries: int) -> None:
+    tried = []
+
+    @all_answered
+    class Full:
+        async def flush(self) -> None:
+            tried.append("flush")
+            raise error
+
+        async def find_room(self) -> bool:
+            tried.append("find")
+            return True
+
+    with pytest.raises(FUSEError) as caught:
+        await Full().flush()
+    assert caught.value.errno == errno.ENOSPC
+    assert tried == ["flush", "find", "flush"][: 2 * tries - 1]
 
 
 async def test_cancellation_passes() -> None:
