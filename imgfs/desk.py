@@ -271,10 +271,7 @@ class Desk:
 
     def _write(self, reply: Reply) -> None:
         try:
-            if len(reply) == 1:
-                os.write(self._fuse, reply[0])
-            else:
-                os.writev(self._fuse, reply)
+            os.writev(self._fuse, reply)
         except OSError as error:
             if error.errno != errno.ENOENT:  # nobody waits for it any more
                 raise

@@ -236,11 +236,14 @@ class Express:
         return replies.written(asked.unique, size)
 
     def _flush(self, asked: Asked) -> Reply:
+        self._commit(asked)
+        return replies.done(asked.unique)
+
+    def _commit(self, asked: Asked) -> None:
         handle = _HANDLE.unpack_from(asked.body)[0]
         size = self._store.flush_bytes(handle)
         if size:
             self._calls.at_once(asked.row, size, self._store.flush, handle)
-        return replies.done(asked.unique)
 
     def _release(self, asked: Asked) -> Reply | None:
         store = self._store
@@ -293,10 +296,7 @@ class Express:
         return self._synced(head, request, error)
 
     def _fsync(self, asked: Asked) -> Reply:
-        handle = _HANDLE.unpack_from(asked.body)[0]
-        size = self._store.flush_bytes(handle)
-        if size:
-            self._calls.at_once(asked.row, size, self._store.flush, handle)
+        self._commit(asked)
         raise Unsynced
 
     def _fsyncdir(self, asked: Asked) -> Reply:

@@ -162,17 +162,20 @@ class ImageReading:
         """
         while True:
             record = self.record(inode)
-            number = self._staging.find(inode) if record.flags & _WRITTEN else -1
-            entry = self._staging.look(number) if number >= 0 else None
-            if record.flags & _WRITTEN and (entry is None or not is_refused(entry.flags)):
-                if entry is not None:
+            if record.flags & _WRITTEN:
+                number = self._staging.find(inode)
+                if number < 0:
+                    if self.record(inode) == record:
+                        raise Stale(f"inode {inode:#x} was never closed, and is gone")
+                    continue
+                entry = self._staging.look(number)
+                if entry.inode != inode:
+                    continue  # it ended meanwhile, and is perhaps begun anew
+                if not is_refused(entry.flags):
                     staged = self._staging.read(number, offset, min(size, entry.size - offset), nowait=nowait)
-                    # Else it was written to meanwhile, or ended, and perhaps begun anew.
-                    if self._staging.look(number) == entry and entry.inode == inode:
+                    if self._staging.look(number) == entry:
                         return staged
-                elif self.record(inode) == record:
-                    raise Stale(f"inode {inode:#x} was never closed, and is gone")
-                continue
+                    continue  # it was written to meanwhile, or ended
             try:
                 data = self._read_needle(inode, record, offset, min(size, max(0, record.size - offset)), nowait=nowait)
             except Damaged:

@@ -12,6 +12,7 @@ from imgfs.disk import Buffer
 from imgfs.errors import (
     BadHandle,
     DiskFailure,
+    ImgfsError,
     ReadOnly,
     Spoiled,
     StoreFull,
@@ -19,15 +20,7 @@ from imgfs.errors import (
     TooManyOpen,
     disk_error,
 )
-from imgfs.format import (
-    ALIGNMENT,
-    CHUNK_BYTES,
-    IMAGE_BYTES_MAX,
-    Kind,
-    Needle,
-    inode_of,
-    slot_of,
-)
+from imgfs.format import ALIGNMENT, CHUNK_BYTES, IMAGE_BYTES_MAX, Kind, Needle, inode_of, slot_of
 from imgfs.handles import WRITE, Handles
 from imgfs.image_reading import ImageReading
 from imgfs.layout import VOLUME_SEALED, Flag
@@ -128,12 +121,10 @@ class Images(ImageReading):
                 if offset > size:
                     self._staging.truncate(number, size)  # a killed writer may have left bytes behind the end
                 self._staging.write(number, offset, data)
-            except (OSError, StoreFull) as error:
-                failure = disk_error(error, "staging") if isinstance(error, OSError) else error
-                full = isinstance(failure, StoreFull)
-                if last_try or not full:
-                    self._spoil(inode)
-                raise Spoiled(str(failure)) if last_try and full else failure from error
+            except OSError as error:
+                raise self._refused(inode, disk_error(error, "staging"), last_try=last_try) from error
+            except StoreFull as error:
+                raise self._refused(inode, error, last_try=last_try) from None
             self._dirty(number, max(size, end))
         return len(data)
 
@@ -152,6 +143,14 @@ class Images(ImageReading):
             # The entry first: a file that is longer than its entry says is harmless, a shorter one lacks bytes.
             self._dirty(number, size)
             self._staging.truncate(number, size)
+
+    def _refused(self, inode: int, failure: ImgfsError, *, last_try: bool) -> ImgfsError:
+        """Return what a write that met *failure* raises, the image being spoiled if there is no other try."""
+        full = isinstance(failure, StoreFull)
+        if full and not last_try:
+            return failure
+        self._spoil(inode)
+        return Spoiled(str(failure)) if full else failure
 
     def _spoil(self, inode: int) -> None:
         """Keep what lacks a write from becoming the image: whoever ignores the error must not lose the old one."""

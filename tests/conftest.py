@@ -9,4 +9,5 @@ pytest_plugins = [
     "web_server",
     "store_parts",
     "stores",
+    "shared_rows",
 ]

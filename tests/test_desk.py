@@ -5,24 +5,21 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
+from shared_rows import Shared
 
 from imgfs.board import LAST, WATCHER, Board
 from imgfs.desk import Desk
-from imgfs.handles import Handles
-from imgfs.memory import Memory
-from imgfs.requests import TASKS_MAX, Request, Requests
+from imgfs.requests import TASKS_MAX, Request
 from imgfs.wire import Opcode
 
 OURS, OTHER = 0, 1
 
 
 @pytest.fixture
-def desk() -> Iterator[Desk]:
+def desk(shared: Shared) -> Iterator[Desk]:
     """That of worker 0, with a request to read."""
-    memory, nobody = Memory(), cast(Any, None)
-    handles = Handles(memory)
-    requests = Requests(memory, handles)
-    desk = Desk(OURS, nobody, Board(), requests)
+    nobody: Any = None
+    desk = Desk(OURS, nobody, Board(), shared.requests)
     read, write = os.pipe()
     os.write(write, b"request")
     desk._awake.listen_to(read)
@@ -30,9 +27,6 @@ def desk() -> Iterator[Desk]:
     desk.close()
     os.close(read)
     os.close(write)
-    requests.close()
-    handles.close()
-    memory.close()
 
 
 def comes(desk: Desk, *, woken: bool) -> bool:

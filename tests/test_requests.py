@@ -1,41 +1,15 @@
 """Requests in hand: what is left of a dead worker's, and that each is answered once with its true result."""
 
-from collections.abc import Iterator
-
 import pytest
+from shared_rows import Shared
 
 from imgfs.errors import BadHandle
-from imgfs.handles import Handles
 from imgfs.layout import REQUESTS_MAX
-from imgfs.memory import Memory
-from imgfs.requests import TASKS_MAX, WORKERS_MAX, Request, Requests, Result
+from imgfs.requests import TASKS_MAX, WORKERS_MAX, Request, Result
 
 ONE = Request(9, 100, 1, 0xFFFF_FFFF_FFFF_FFFF)
 OTHER = Request(12, 101, 1 << 39, 7)
 ROW = 3 * TASKS_MAX  # the first of worker 3
-
-
-class Shared:
-    def __init__(self) -> None:
-        self.memory = Memory()
-        self.handles = Handles(self.memory)
-        self.requests = Requests(self.memory, self.handles)
-
-    def apply(self, row: int, inode: int) -> None:
-        with self.memory.lock(), self.memory.change():
-            self.requests.applied(row, inode)
-
-    def close(self) -> None:
-        self.requests.close()
-        self.handles.close()
-        self.memory.close()
-
-
-@pytest.fixture
-def shared() -> Iterator[Shared]:
-    shared = Shared()
-    yield shared
-    shared.close()
 
 
 def test_a_row_holds_its_request_until_it_is_answered(shared: Shared) -> None:
