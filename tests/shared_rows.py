@@ -31,7 +31,7 @@ class Shared:
 
 
 @pytest.fixture
-def shared() -> Iterator[Shared]:
+def shared_rows() -> Iterator[Shared]:
     shared = Shared()
     yield shared
     shared.close()

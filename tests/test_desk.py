@@ -16,10 +16,10 @@ OURS, OTHER = 0, 1
 
 
 @pytest.fixture
-def desk(shared: Shared) -> Iterator[Desk]:
+def desk(shared_rows: Shared) -> Iterator[Desk]:
     """That of worker 0, with a request to read."""
     nobody: Any = None
-    desk = Desk(OURS, nobody, Board(), shared.requests)
+    desk = Desk(OURS, nobody, Board(), shared_rows.requests)
     read, write = os.pipe()
     os.write(write, b"request")
     desk._awake.listen_to(read)
