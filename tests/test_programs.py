@@ -94,7 +94,7 @@ def test_overwriting_keeps_the_old_image_until_the_close(mounted: Mounted) -> No
     writing = os.open(image, os.O_WRONLY | os.O_TRUNC)
     os.write(writing, b"new")
     mounted.kill()
-    with pytest.raises(OSError, match=r"not connected|connection abort"):
+    with pytest.raises(OSError, match="not connected"):
         os.write(writing, b"more")
     with pytest.raises(OSError, match="not connected"):
         os.close(writing)
