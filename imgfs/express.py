@@ -189,7 +189,8 @@ class Express:
         return self._store.forget_listings() or prepared_any
 
     def _readdirplus(self, asked: Asked, *, nowait: bool = False) -> Reply:
-        directory, position, size = _RANGE.unpack_from(asked.body)
+        directory = asked.node
+        _, position, size = _RANGE.unpack_from(asked.body)
         bare = self._listers.wants_names_alone(asked.thread, directory)
         prepared = self._prepared.answer(asked.unique, directory, position, size, bare=bare, nowait=nowait)
         if prepared is not None:
@@ -202,7 +203,7 @@ class Express:
         keep = 0 if self._acts.manner.publish_at_close else KEEP_CACHE | CACHE_DIRECTORY
         if self._listers.wants_anew(asked.thread, asked.node):
             keep &= ~KEEP_CACHE
-        return replies.opened(asked.unique, asked.node, keep)
+        return replies.opened(asked.unique, self._store.open_directory(asked.node), keep)
 
     def _releasedir(self, asked: Asked) -> Reply:
         return replies.done(asked.unique)
@@ -278,8 +279,12 @@ class Express:
     def _synced(self, head: Head, request: bytes, error: Exception | None) -> Reply:
         _, opcode, unique, *_ = head
         try:
-            if error is None and opcode == Opcode.FSYNC:
-                self._store.check_kept(_HANDLE.unpack_from(request, _HEADER_BYTES)[0])
+            if error is None:
+                handle = _HANDLE.unpack_from(request, _HEADER_BYTES)[0]
+                if opcode == Opcode.FSYNC:
+                    self._store.check_kept(handle)
+                else:
+                    self._store.check_directory(handle)
         except Exception as failure:
             error = failure
         if error is not None:

@@ -32,6 +32,7 @@ from imgfs.desk import Desk
 from imgfs.disk import WouldBlock
 from imgfs.errors import BadHandle, ImgfsError, InvalidArgument, Spoiled, Stale, StoreFull
 from imgfs.format import NAME_BYTES_MAX, Kind
+from imgfs.handles import directory_of
 from imgfs.store import PERMISSIONS, Attr, Store
 
 log = logging.getLogger(__name__)
@@ -201,12 +202,12 @@ class Filesystem(pyfuse3.Operations):
     # -- directories ------------------------------------------------------------------------------------------
 
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        return inode
+        return self._store.open_directory(inode)
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        shown = False
+        directory, shown = directory_of(fh), False
         try:
-            for listed in self._acts.listing(fh, start_id, nowait=True):
+            for listed in self._acts.listing(directory, start_id, nowait=True):
                 if not self._show(listed, token):
                     return
                 shown = True
@@ -218,7 +219,7 @@ class Filesystem(pyfuse3.Operations):
             # A short answer is an answer: the kernel comes back for the rest.
             if shown:
                 return
-            for listed in await self._in_thread(_first_entries, self._acts, fh, start_id):
+            for listed in await self._in_thread(_first_entries, self._acts, directory, start_id):
                 if not self._show(listed, token):
                     return
 
@@ -227,6 +228,7 @@ class Filesystem(pyfuse3.Operations):
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         await self.sync()
+        self._store.check_directory(fh)
 
     # -- open images ------------------------------------------------------------------------------------------
 

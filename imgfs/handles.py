@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from imgfs.disk import WouldBlock
-from imgfs.errors import BadHandle, TooManyOpen
+from imgfs.errors import BadHandle, DiskFailure, TooManyOpen
 from imgfs.layout import HANDLE_CHUNK, HANDLE_OWNER, HANDLE_OWNERS, HANDLE_OWNERS_AT, HANDLES_AT, HANDLES_MAX, Word
 from imgfs.memory import Memory
 
@@ -81,6 +81,15 @@ class Handles:
                 self._find_free()
             finally:
                 self._memory.release()
+
+    def open_directory(self, inode: int) -> int:
+        """Return a handle on the directory *inode*; it takes no word, for it says how many syncs had failed by now."""
+        return inode & _INODE_MASK | (self._memory.words[Word.FAILURES] & _NONCE_MAX) << _NONCE_SHIFT
+
+    def check_directory(self, handle: int) -> None:
+        """Raise DiskFailure if a sync has failed since `open_directory` gave *handle* out: changes may be lost."""
+        if handle >> _NONCE_SHIFT != self._memory.words[Word.FAILURES] & _NONCE_MAX:
+            raise DiskFailure("the disk lost data since this directory was opened")
 
     def _find_free(self) -> None:
         """Within the table's lock: look for words of our own that others have freed, or take a chunk."""
@@ -183,6 +192,11 @@ class Handles:
 
     def _used(self) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
         return np.frombuffer(self._memory.map, np.uint64, self._memory.words[Word.HANDLES], HANDLES_AT)
+
+
+def directory_of(handle: int) -> int:
+    """Return the inode of a *handle* that `Handles.open_directory` gave out."""
+    return handle & _INODE_MASK
 
 
 def _lives(pid: int) -> bool:

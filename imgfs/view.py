@@ -173,6 +173,14 @@ class View:
             return b""
         return self._volumes.get(record.name_volume).names.get(record.name_offset, nowait=nowait)
 
+    def open_directory(self, inode: int) -> int:
+        """Return a handle on the directory *inode*, which needs no release."""
+        return self._handles.open_directory(inode)
+
+    def check_directory(self, handle: int) -> None:
+        """Raise DiskFailure if a sync has failed since `open_directory` gave *handle* out: changes may be lost."""
+        self._handles.check_directory(handle)
+
     def attr(self, inode: int) -> Attr:
         """Return what is known of *inode*; it may be unlinked, and then has no links.
 

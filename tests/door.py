@@ -42,7 +42,8 @@ class Door:
         self._device = Device(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC), b"")
         self.desk = Desk(0, self._device, Board(), store.requests)
         self.calls = Calls(store, self.desk)
-        self.express = Express(store, Acts(store, Manner(60.0)), self.calls)
+        self.acts = Acts(store, Manner(60.0))
+        self.express = Express(store, self.acts, self.calls)
 
     def close(self) -> None:
         self.desk.close()

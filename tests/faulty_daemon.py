@@ -106,6 +106,18 @@ def no_handler_syncs(_: str) -> None:
     Filesystem.fsync = Filesystem.fsyncdir = fail  # type: ignore[method-assign,assignment]
 
 
+def failing_sync(marker: str) -> None:
+    """The disk fails the next sync, once there is a file *marker*."""
+    sync = Disk.sync
+
+    def fail(self: Disk, file: int) -> None:
+        if _claim(marker) is not None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(self, file)
+
+    Disk.sync = fail  # type: ignore[method-assign]
+
+
 def slow_syncs(_: str) -> None:
     """The disk takes its time to make anything durable."""
     sync = Disk.sync
@@ -278,6 +290,7 @@ FAULTS = {
     "die-at-name": die_at_name,
     "die-at-start": die_at_start,
     "die-at-step": die_at_step,
+    "failing-sync": failing_sync,
     "frozen-in-a-look": frozen_in_a_look,
     "hold-a-read": hold_a_read,
     "hang-at-name": hang_at_name,

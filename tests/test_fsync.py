@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyfuse3
 import pytest
 import trio
 import trio.testing
@@ -21,6 +22,8 @@ from survivors import NOTHING_UNSYNCED
 
 from imgfs.board import Board
 from imgfs.calls import INLINE_BYTES
+from imgfs.errors import EXIT_REPAIRED
+from imgfs.fs import Filesystem
 from imgfs.late import LateRequests, Unsynced
 from imgfs.layout import Word
 from imgfs.replies import Reply
@@ -157,6 +160,30 @@ async def test_those_who_come_during_a_sync_share_the_next_and_its_failure(
     assert waiting.fsync(write(door, b"last"), 6)
     assert (await waiting.all_answered(6))[6] == 0
     assert durable_names(door.store) == {b"first", b"2", b"3", b"4", b"5", b"last"}
+
+
+async def test_who_has_a_directory_open_is_told_of_a_sync_that_failed_meanwhile(
+    door: Door, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    filesystem = Filesystem(door.store, door.desk, door.acts, door.calls)
+    before = door.store.open_directory(ROOT)
+    waiting, gate = Waiting(door, nursery), Gate(disk_of(door.store))
+    assert waiting.fsync(write(door, b"first"), 1)
+    await gate.wait_for_begin()
+    door.store.mkdir(ROOT, b"directory", 0o755, 1, 1)
+    # The run that is under way fails, and what it did not cover lay behind the mark, too; this waits for the next.
+    assert waiting.fsync(before, 2, Opcode.FSYNCDIR)
+    gate.fails = True
+    gate.go_on.release(20)
+    assert await waiting.all_answered(2) == {1: errno.EIO, 2: errno.EIO}
+    with pytest.raises(pyfuse3.FUSEError) as told:
+        await filesystem.fsyncdir(before, False)
+    assert told.value.errno == errno.EIO
+    after = await filesystem.opendir(ROOT, pyfuse3.RequestContext())
+    await filesystem.fsyncdir(after, False)
+    assert waiting.fsync(after, 3, Opcode.FSYNCDIR)
+    assert (await waiting.all_answered(3))[3] == 0
+    assert "appended again" in caplog.text
 
 
 async def test_an_image_that_the_disk_lost_is_not_answered_as_durable(door: Door, nursery: trio.Nursery) -> None:
@@ -355,6 +382,29 @@ def test_workers_that_are_killed_while_many_wait_lose_none(stopped: Mounted) -> 
     stopped.stop()
     stopped.start()
     assert {path.name: path.read_bytes() for path in stopped.point.iterdir()} == written
+
+
+@pytest.mark.mount
+@pytest.mark.root
+def test_a_directory_that_was_open_when_a_sync_failed(stopped: Mounted) -> None:
+    marker = stopped.store.with_name("fails")
+    stopped.start(fault=("failing-sync", str(marker)))
+    stopped.expected_log += ["fsync: .*", "fsyncdir: .*", ".*; what is whole behind byte .* is appended again"]
+    stopped.check_code = EXIT_REPAIRED  # the volume that was cut short has too long an index
+    (stopped.point / "made").mkdir()
+    before = os.open(stopped.point, os.O_RDONLY | os.O_DIRECTORY)
+    os.fsync(before)
+    (stopped.point / "made" / "image").write_bytes(b"bytes")
+    marker.touch()
+    with pytest.raises(OSError, match="Input/output error"):
+        _write_durably(stopped.point / "other", b"bytes")
+    with pytest.raises(OSError, match="Input/output error"):
+        os.fsync(before)
+    assert set(os.listdir(before)) == {"made", "other"}
+    os.close(before)
+    after = os.open(stopped.point, os.O_RDONLY | os.O_DIRECTORY)
+    os.fsync(after)
+    os.close(after)
 
 
 def _write_durably(path: Path, data: bytes) -> None:
