@@ -17,6 +17,7 @@ row. Timers and signals come at most `_IN_A_ROW` requests or moments late.
 import contextlib
 import enum
 import errno
+import inspect
 import os
 import socket
 import time
@@ -229,14 +230,10 @@ class Desk:
 
     # -- one request ------------------------------------------------------------------------------------------
 
-    def begin(self, request: Request) -> None:
-        """*request* was handed over to the task that calls."""
+    def begin(self) -> None:
+        """What was handed over has come to its handler."""
         if self._handed_bytes:
             self._take_back()
-        seat = self._seats[trio.lowlevel.current_task()]
-        if seat.request != request:  # for one setxattr pyfuse3 calls getxattr first
-            self._requests.begin(seat.row, request)
-            seat.request = request
 
     def _came_back(self) -> None:
         """The task that calls has answered what it had in hand, if anything."""
@@ -313,15 +310,16 @@ class Desk:
             return seat.applied
         return self._requests.resent(seat.row, seat.request)
 
-    def expect_setxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        """Raise FUSEError if the request of the task that calls, a getxattr, is a setxattr that was applied before.
+    def expect_setxattr(self) -> None:
+        """Raise FUSEError if the handler of getxattr is called for a setxattr that was applied before.
 
         For a setxattr that must create, pyfuse3 asks by getxattr first, and answers EEXIST by itself.
         """
         seat = self._seats[trio.lowlevel.current_task()]
-        seat.applied = self._requests.resent(seat.row, wire.HANDLERS["setxattr"](inode, name, b"", ctx))
-        if seat.applied is not None:
-            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        if seat.request is not None and seat.request.opcode == wire.Opcode.SETXATTR:
+            seat.applied = self.resent()
+            if seat.applied is not None:
+                raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -391,7 +389,7 @@ class Desk:
                 ours[READING_SINCE_NS] = 0
                 continue
             self._awake.asked(head[6])
-            request = wire.identify(head, raw)
+            request = wire.identify(head)
             requests.begin(row, request)
             shared[LAST] = self._number if self._awake.alone else 0
             ours[READING_SINCE_NS] = 0
@@ -465,15 +463,16 @@ class Desk:
 
 
 def at_desk(desk: Desk, operations: T) -> T:
-    """Let every handler of *operations* note at *desk* which request it has in hand."""
+    """Let every handler of *operations* say at *desk* that it has begun."""
 
-    def noted(handler: Callable[..., Any], identify: Callable[..., Request]) -> Callable[..., Any]:
+    def noted(handler: Callable[..., Any]) -> Callable[..., Any]:
         def handle(*args: Any) -> Any:
-            desk.begin(identify(*args))
+            desk.begin()
             return handler(*args)
 
         return handle
 
-    for name, identify in wire.HANDLERS.items():
-        setattr(operations, name, noted(getattr(operations, name), identify))
+    for name, handler in vars(pyfuse3.Operations).items():
+        if inspect.iscoroutinefunction(handler):
+            setattr(operations, name, noted(getattr(operations, name)))
     return operations

@@ -179,7 +179,7 @@ class Filesystem(pyfuse3.Operations):
     # -- extended attributes ----------------------------------------------------------------------------------
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        self._desk.expect_setxattr(inode, name, ctx)
+        self._desk.expect_setxattr()
         return await self._cold(self._with_xattrs(self._store.get_xattr), inode, name)
 
     async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:

@@ -6,7 +6,7 @@ memory only as far as it is used.
 
 import struct
 
-LAYOUT_VERSION = 4  # another one cannot take the memory over; see `Store.attach`
+LAYOUT_VERSION = 5  # another one cannot take the memory over; see `Store.attach`
 SLOTS_MAX = 1 << 28  # images, directories and links of one store
 PAGE = 4096
 

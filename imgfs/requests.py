@@ -1,7 +1,7 @@
 """The requests that workers have in hand, in shared memory: what is left of them when a worker dies.
 
 Owns a row for each, and the list of requests of dead workers that the kernel resent. Must not know FUSE beyond the
-numbers that tell two requests apart, nor what an applied request did.
+number of a request, nor what an applied request did.
 
 A mutation marks its row as applied in the same step in which it changes the table, so a row of a dead worker tells
 whether that happened. Whether it was answered the kernel tells: it resends what was not. Applied and resent: the
@@ -13,8 +13,7 @@ by `settle`, which runs while no worker has anything in hand.
 
 import struct
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from imgfs.handles import Handles
@@ -31,16 +30,16 @@ _RESULT = struct.Struct("<QQ")
 _ROW_WORDS = REQUEST.size // 8
 _NOTE_WORDS = NOTE.size // 8
 # Words of a row, and of a note.
-_HANDLE, _INODE, _APPLIED, _PID, _NODE, _KEY, _WAITING, _OPCODE, _UNUSED, _TIME = range(10)
+_HANDLE, _INODE, _APPLIED, _PID, _NODE, _UNIQUE, _WAITING, _OPCODE, _UNUSED, _TIME = range(10)
 
 
 class Request(NamedTuple):
-    """What tells a request from others: a thread has one at a time."""
+    """A request, as the kernel numbers it; the other fields are for who reads the log."""
 
     opcode: int  # 1 to 255
     pid: int  # the thread's, as the kernel sends it
     node: int
-    key: int  # XXH3-64 of names and arguments
+    unique: int  # never given again while the mount lives
 
 
 class Result(NamedTuple):
@@ -68,9 +67,9 @@ class Requests:
 
     def begin(self, row: int, request: Request) -> None:
         """Note that *row* has *request* in hand."""
-        opcode, pid, node, key = request
+        opcode, pid, node, unique = request
         # The opcode is stored last and in one byte: the row is taken with all of it, or free.
-        REQUEST.pack_into(self._map, REQUESTS_AT + REQUEST.size * row, 0, 0, 0, pid, node, key, 0, opcode)
+        REQUEST.pack_into(self._map, REQUESTS_AT + REQUEST.size * row, 0, 0, 0, pid, node, unique, 0, opcode)
 
     def opened(self, row: int, handle: int) -> None:
         """Note that the request of *row* was given *handle*, which is closed if it is never answered."""
@@ -123,7 +122,7 @@ class Requests:
         for row in range(worker * TASKS_MAX, (worker + 1) * TASKS_MAX):
             words = self._rows[_ROW_WORDS * row : _ROW_WORDS * (row + 1)].tolist()
             if words[_OPCODE]:
-                request = Request(words[_OPCODE], words[_PID], words[_NODE], words[_KEY])
+                request = Request(words[_OPCODE], words[_PID], words[_NODE], words[_UNIQUE])
                 result = Result(words[_INODE], words[_HANDLE]) if words[_APPLIED] else None
                 found.append((row, request, result))
         return found
@@ -143,17 +142,17 @@ class Requests:
         for row in range(worker * TASKS_MAX, (worker + 1) * TASKS_MAX):
             self.end(row)
 
-    def settle(self, worker: int, resent: Sequence[Request]) -> list[Request]:
+    def settle(self, worker: int, resent: Collection[Request]) -> list[Request]:
         """Settle what *worker*, which died, had in hand; return what has to be done again.
 
         *resent* is all that the kernel sent again. Comes after `Store.roll_forward`, which may find that one of them
         was applied.
         """
         self._forget_notes_but(resent)
-        waiting, again = Counter(resent), []
+        waiting, again = set(resent), []
         for row, request, result in self.in_hand(worker):
-            if waiting[request]:
-                waiting[request] -= 1
+            if request in waiting:
+                waiting.remove(request)  # one that was just being taken over has two rows
                 if result is not None:
                     self._note(request, result)
                 else:
@@ -174,11 +173,11 @@ class Requests:
 
     def _note_at(self, at: int) -> Request:
         notes = self._notes
-        return Request(notes[at + _OPCODE], notes[at + _PID], notes[at + _NODE], notes[at + _KEY])
+        return Request(notes[at + _OPCODE], notes[at + _PID], notes[at + _NODE], notes[at + _UNIQUE])
 
-    def _forget_notes_but(self, resent: Sequence[Request]) -> None:
+    def _forget_notes_but(self, resent: Collection[Request]) -> None:
         """Forget what the kernel did not send again: it was answered, or its sender gave it up."""
-        wanted, words, top, applied = frozenset(resent), self._memory.words, 0, 0
+        wanted, words, top, applied = set(resent), self._memory.words, 0, 0
         for at in self._noted():
             if self._note_at(at) in wanted:
                 top = at // _NOTE_WORDS + 1
@@ -204,8 +203,8 @@ class Requests:
             if number >= REQUESTS_MAX:
                 return -1
             words[Word.NOTE_ROWS], free = number + 1, number * _NOTE_WORDS
-        opcode, pid, node, key = request
-        NOTE.pack_into(self._map, NOTES_AT + 8 * free, 0, 0, 0, pid, node, key, 0, opcode, 0, 0)
+        opcode, pid, node, unique = request
+        NOTE.pack_into(self._map, NOTES_AT + 8 * free, 0, 0, 0, pid, node, unique, 0, opcode, 0, 0)
         return free
 
     def _note(self, request: Request, result: Result) -> None:

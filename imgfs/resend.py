@@ -8,7 +8,6 @@ requests do, nor how workers are started.
 
 import errno
 import logging
-from collections import defaultdict
 from typing import NamedTuple
 
 from imgfs import wire
@@ -34,12 +33,12 @@ class Dead(NamedTuple):
 
 
 class Resending:
-    """The requests that were sent again, by the kernel's own number."""
+    """The requests that were sent again."""
 
     def __init__(self, store: Store, device: Device) -> None:
         self._store = store
         self._device = device
-        self._blame: dict[int, int] = {}
+        self._blame: dict[Request, int] = {}
 
     def settle(self, dead: list[Dead], write_bytes_max: int) -> None:
         """Have what *dead* workers had in hand sent again, note what was applied already, refuse what is poisonous.
@@ -47,24 +46,22 @@ class Resending:
         `Store.roll_forward` comes before.
         """
         self._device.resend()
-        resent: dict[Request, list[int]] = defaultdict(list)
+        resent: set[Request] = set()
         for data in self._device.queued(write_bytes_max + wire.READ_BYTES_EXTRA):
-            raw = wire.parse(data)
-            if raw.resent:
-                resent[raw.request].append(raw.unique)
-        requests = [request for request, uniques in resent.items() for _ in uniques]
+            head = wire.IN_HEADER.unpack_from(data)
+            if head[2] & wire.RESENT:
+                resent.add(wire.identify(head))
         # Only what is still not answered can be to blame for a next death.
-        blame = {unique: self._blame.get(unique, 0) for uniques in resent.values() for unique in uniques}
+        blame = {request: self._blame.get(request, 0) for request in resent}
         for number, more in dead:
-            for request in self._store.settle(number, requests):
-                for unique in resent[request]:
-                    if blame[unique] < BLAME_MAX <= blame[unique] + more:
-                        self._refuse(unique, request)
-                    blame[unique] += more
-        self._blame = {unique: much for unique, much in blame.items() if 0 < much < BLAME_MAX}
+            for request in self._store.settle(number, resent):
+                if blame[request] < BLAME_MAX <= blame[request] + more:
+                    self._refuse(request)
+                blame[request] += more
+        self._blame = {request: much for request, much in blame.items() if 0 < much < BLAME_MAX}
         # What was read here goes back to where workers read it.
         self._device.resend()
 
-    def _refuse(self, unique: int, request: Request) -> None:
+    def _refuse(self, request: Request) -> None:
         log.error("workers died with the same request in hand, which is answered EIO: %s", wire.describe(request))
-        self._device.answer(wire.error_reply(unique, errno.EIO))
+        self._device.answer(wire.error_reply(request.unique | wire.RESENT, errno.EIO))

@@ -7,7 +7,7 @@ as a library. Names are looked up in view.py and changed in tree.py, extended at
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
@@ -138,7 +138,7 @@ class Store(Xattrs):
         if self._log is not None:
             self._log.requester = row
 
-    def settle(self, worker: int, resent: Sequence[Request]) -> list[Request]:
+    def settle(self, worker: int, resent: Collection[Request]) -> list[Request]:
         """Settle what a worker that died had in hand, as `Requests.settle`; comes after `roll_forward`."""
         return self.requests.settle(worker, resent)
 

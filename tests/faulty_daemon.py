@@ -163,11 +163,11 @@ def hang_behind_a_read(marker: str) -> None:
     """
     identify = wire.identify
 
-    def hang(head: wire.Head, data: memoryview | bytes) -> Request:
+    def hang(head: wire.Head) -> Request:
         if head[1] == wire.Opcode.UNLINK and _claim(marker) is not None:
             Path(f"{marker}.pid").write_text(str(os.getpid()))
             ctypes.PyDLL(None).pause()
-        return identify(head, data)
+        return identify(head)
 
     wire.identify = hang
 

@@ -87,7 +87,7 @@ class Waiting:
     def fsync(self, handle: int, unique: int, opcode: int = Opcode.FSYNC) -> bool:
         """Ask for it, as the desk does; return whether it was put off."""
         head, raw = request_of(opcode, 0, struct.pack("<QII", handle, 0, 0), unique)
-        request = identify(head, raw)
+        request = identify(head)
         self._requests.begin(ROW, request)
         with pytest.raises(Unsynced):
             self._door.express.answer(head, memoryview(raw), ROW)
