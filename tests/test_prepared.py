@@ -45,11 +45,15 @@ class Lister:
         assert reply is not None
         answer = b"".join(reply)
         assert answer[:16] == replies.OUT_HEADER.pack(len(answer), 0, 7)
-        times, listing = self.store.access_times, self._acts.listing(directory, position)
-        expected = b"".join(replies.listing(7, listing, times, self._acts.manner.timeout_s, size, bare=bare)[1:])
+        expected = self.expected(position, size, bare=bare, directory=directory)
         assert expected.startswith(answer[16:])
         assert len(answer) > 16 or not expected
         return answer[16:]
+
+    def expected(self, position: int, size: int = ANSWER_BYTES, *, bare: bool = False, directory: int = ROOT) -> bytes:
+        """Return what entry by entry gives behind *position*."""
+        times, listing = self.store.access_times, self._acts.listing(directory, position)
+        return b"".join(replies.listing(7, listing, times, self._acts.manner.timeout_s, size, bare=bare)[1:])
 
     def walk(self, size: int = ANSWER_BYTES, *, bare: bool = False) -> Iterator[int]:
         """List all, and stop behind each answer to give its number."""
@@ -194,16 +198,16 @@ def test_nothing_is_kept_of_listings_that_are_over(monkeypatch: pytest.MonkeyPat
 
 def test_what_is_being_written_is_left_to_who_looks_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
     lister = Lister(Acts(filled(500), Manner(60.0)), monkeypatch)
-    positions, answer = [0], lister.answer(0)
-    while answer:
-        positions.append(last_position(answer))
-        answer = lister.answer(positions[-1])
     store = lister.store
     handle = store.open_image(store.lookup(ROOT, b"7"), write=True)
     store.write(handle, 0, b"other")
-    replies_now = [lister.prepared.answer(7, ROOT, position, ANSWER_BYTES, bare=False) for position in positions]
-    assert 0 < replies_now.count(None) < len(positions)
+    position, answers, left = 0, 0, 0
+    while answer := lister.expected(position):
+        prepared_now = lister.prepared.answer(7, ROOT, position, ANSWER_BYTES, bare=False)
+        position = last_position(b"".join(prepared_now[1:]) if prepared_now else answer)
+        answers += 1
+        left += prepared_now is None
+    assert 0 < left < answers
     store.flush(handle)
     store.release(handle)
-    for position in positions:
-        lister.answer(position)
+    list(lister.walk())
