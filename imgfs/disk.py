@@ -27,6 +27,7 @@ _CANNOT_SHARE = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EN
 _READ_BYTES_MAX = 1 << 30
 # More buffers than this the kernel does not take in one call.
 _IOV_MAX = 1024
+_ZEROS_READ_BYTES = 1 << 20
 
 
 class WouldBlock(Exception):
@@ -102,6 +103,16 @@ class Disk:
             parts.append(data)
             done += len(data)
         return b"".join(parts)
+
+    def content_end(self, file: int, start: int, end: int) -> int:
+        """Return where between *start* and *end* nothing but zeros follows; *start* if there is nothing else."""
+        while end > start:
+            position = max(start, end - _ZEROS_READ_BYTES)
+            content = self.read(file, position, end - position).rstrip(b"\0")
+            if content:
+                return position + len(content)
+            end = position
+        return start
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> int:
         """Fill *buffer* with what stands at *offset*; return how many bytes, fewer only where the file ends."""

@@ -40,6 +40,11 @@ __all__ = ["SMALL_BYTES", "Log", "Part"]
 _PLENTY_BYTES = 4096 * MIB
 _PLENTY_PART = 64
 _PLENTY_S = 0.05
+# Where syncs are small, blocks behind the end are written before they are needed: so many bytes, or this part of a
+# volume, again and again, as long as one sync has appended no more than a part of that.
+_AHEAD_BYTES = MIB
+_AHEAD_PART = 16
+_SMALL_PART = 8
 # Kept free below the format's limit, for the needles that settle directories and seal the volume.
 _END_BYTES = 64 * MIB
 # More than the headers and names of any change that is not large.
@@ -55,9 +60,10 @@ class Log(Batches):
 
     # -- volumes ----------------------------------------------------------------------------------------------
 
-    def make_durable(self, path: str, mark: int, end: int) -> None:
+    def make_durable(self, path: str, mark: int, end: int, *, cut: bool) -> None:
         """Make the volume at *path* and its name durable up to *end*, as a writer that was killed may not have done.
 
+        *cut*: there is nothing behind that but what `_write_ahead` has written; it goes.
         Comes before anything is appended to it or to a volume after it: what a later sync covers must not lie behind
         what power loss can still take. What no *mark* vouches for is written again in place, the same bytes: after
         a sync that failed, the kernel holds lost pages for clean, and another sync would call them durable.
@@ -66,6 +72,8 @@ class Log(Batches):
             volume = Volume.open(self._disk, path, writable=True)
             try:
                 volume.write_again(mark, end)
+                if cut and volume.size() > end:
+                    volume.truncate(end)
                 volume.sync()
             finally:
                 volume.close()
@@ -278,6 +286,8 @@ class Log(Batches):
             state, wanted, volume = self.state(), self._appended(), self.volume
             if state.end == words[Word.DURABLE] and not due:
                 return served
+            if not final:
+                self._write_ahead(volume, state.end)
             duplicate = volume.duplicate()
         try:
             with self._disk_errors(volume.path):
@@ -308,6 +318,30 @@ class Log(Batches):
         finally:
             memory.release()
         return served
+
+    def _write_ahead(self, volume: Volume, end: int) -> None:
+        """Within the lock: let zeros stand behind the *end* of *volume* where the next small sync will need blocks.
+
+        To make durable what lies in blocks that were written before takes the disk one write; what lengthens a file, or
+        is the first in a block, takes the file system's own log, too, at twice the time and more.
+        """
+        ahead = min(_AHEAD_BYTES, self._settings.volume_bytes_max // _AHEAD_PART)
+        appended = end - self._words[Word.DURABLE]
+        start, upto = max(end, volume.size()), min(end + ahead, self._limit())
+        if appended > ahead // _SMALL_PART or start - end >= appended or start >= upto:
+            return
+        if self._has_room(upto - start):
+            with suppress(OSError):  # nobody needs them
+                volume.write_zeros(start, upto)
+
+    def finish(self) -> None:
+        """Leave the log as it should be found: durable, a checkpoint at its end, nothing behind that. As `sync`."""
+        with self._memory.lock():
+            self._mend()
+            if not self._is_sealed() and self.volume.size() > self._words[Word.ACTIVE_END]:
+                with self._disk_errors(self.volume.path):
+                    self.volume.truncate(self._words[Word.ACTIVE_END])
+        self.sync(final=True)
 
     def _if_room(self, write: Callable[[], object]) -> bool:
         """Do what a checkpoint wants written; on a full disk it waits, and the next start replays more."""

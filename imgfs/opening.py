@@ -269,7 +269,7 @@ def _resume(writer: Log, tail: Tail | None, recovery: Recovery | None, table: Ta
     """Go on writing where the log ends, and write down what only *recovery* knows, if there had to be one."""
     with writer.lock():
         if tail is not None:
-            writer.make_durable(tail.path, tail.durable, tail.state.end)
+            writer.make_durable(tail.path, tail.durable, tail.state.end, cut=not tail.torn_bytes)
         if tail is None or tail.sealed:
             writer.begin_volume()
         elif tail.torn_bytes:

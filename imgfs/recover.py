@@ -344,6 +344,10 @@ class Recovery:
         if self.kept is not None:
             self.kept.append(bytes(index.records))
         if last:
+            torn_bytes = max(survey.torn_bytes, short)
+            if not torn_bytes:
+                with self._table.memory.change():
+                    self._table.set_volume(entry, row._replace(end=survey.end))
             self.report.log_end = survey.end
             self.tail = Tail(
                 volume.path,
@@ -351,7 +355,7 @@ class Recovery:
                 state_of(index.records, index.names, survey.end),
                 tail,
                 survey.durable,
-                max(size - survey.end, short),
+                torn_bytes,
                 sealed,
                 checkpointed=checkpointed,
             )

@@ -38,7 +38,6 @@ from imgfs.volumes import SUFFIX, VOLUMES
 
 LOST_AND_FOUND = b"lost+found"
 _HEADER_BYTES = VOLUME_HEADER_COPIES[1]
-_READ_BYTES = 1 << 20
 _PUT_BYTES = [Kind.FILE, Kind.SYMLINK, Kind.SPECIAL]
 
 Agree = Callable[[str], bool]
@@ -72,6 +71,12 @@ class _Patient(Store):
         if self._log is None and entry == words[Word.VOLUMES] - 1:
             return self.report.log_end
         return self._table.volume(entry).end
+
+    def size(self, entry: int) -> int:
+        """Return how long the volume with that *entry* is, or will be once the store was opened for writing."""
+        size, end = self.volume(entry).size(), self.log_end(entry)
+        opens = self._log is None and entry == self._memory.words[Word.VOLUMES] - 1
+        return end if opens and self.volume(entry).content_end(end, size) == end else size
 
     def end_at(self, entry: int, end: int) -> None:
         """Let the volume with that *entry* end at *end*."""
@@ -277,7 +282,7 @@ class Repair:
                 offset, needle = item
                 doubles.add(entry, offset, needle)
                 sealed_at = offset + needle.length if needle.kind == Kind.CHECKPOINT and needle.flags & FLAG_SEAL else 0
-            if not store.is_active(entry) and volume.size() > end:
+            if not store.is_active(entry) and store.size(entry) > end:
                 # What was appended again elsewhere may have been deleted there, and compacted away.
                 known = volume.header.volume_id not in compacted
                 tails.append(Tail(entry, end, volume.size(), _torn_puts(volume, end) if known else {}))
@@ -331,7 +336,7 @@ class Repair:
         volume = store.volume(tail.entry)
         volume_id, size = volume.header.volume_id, tail.end - tail.start
         number = f"{size:,} bytes behind the end of volume {volume_id}, at {tail.start:,}"
-        if not _is_zero(volume, tail.start, tail.end) and not self._may(f"cut away {number}"):
+        if volume.content_end(tail.start, tail.end) > tail.start and not self._may(f"cut away {number}"):
             return
         if not self._dry_run:
             file = self._disk.open(volume.path, writable=True)
@@ -376,12 +381,6 @@ def _header(copy: bytes) -> bytes:
         return b""
     length = VOLUME_HEADER.unpack_from(copy)[2]
     return copy[:length] + bytes(_HEADER_BYTES - length)
-
-
-def _is_zero(volume: Volume, start: int, end: int) -> bool:
-    return not any(
-        any(volume.read(offset, min(_READ_BYTES, end - offset))) for offset in range(start, end, _READ_BYTES)
-    )
 
 
 def _torn_puts(volume: Volume, start: int) -> dict[int, tuple[int, Needle]]:

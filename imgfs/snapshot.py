@@ -30,6 +30,8 @@ from imgfs.volumes import SUFFIX, VOLUMES
 UNFINISHED = ".imgfs-snapshot"
 # One round more for each change of which volumes there are; each has less to copy than the one before.
 _ROUNDS_MAX = 100
+# More zeros no needle ends with: before the last few there is a checksum.
+_LAST_ZEROS = 64
 
 
 class Watcher(Protocol):
@@ -292,8 +294,11 @@ class _Snapshot:
         def copy(source: int, target: int, start: int) -> None:
             alive_from = start
             while True:
-                end = self._disk.size(source)
-                self._copier.copy(source, target, start, end)
+                # Behind the log there may be zeros for what comes next, which may come while this compares. Some of
+                # them are its own.
+                size = self._disk.size(source)
+                end = self._disk.content_end(source, start, size)
+                self._copier.copy(source, target, start, min(size, end + _LAST_ZEROS))
                 if not self._copier.is_same(source, target, start, end):
                     continue  # a failed append was cut away, and another one has taken its place
                 if self._disk.next_hole(source, alive_from) >= end:

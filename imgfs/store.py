@@ -189,7 +189,7 @@ class Store(Xattrs):
         try:
             if self._log is not None:
                 self.roll_forward()
-                self._log.sync(final=True)
+                self._log.finish()
                 save_table(self._disk, self.path, self._table, self.superblock.store_id, self._volumes, self.settings)
         finally:
             self.leave()

@@ -102,7 +102,8 @@ class Survey:
 
     def _ends_at(self, end: int, torn: Iterable[tuple[int, Needle] | Gap]) -> None:
         """Note that the log ends at *end*, and what is *torn* behind it."""
-        self.end, self.torn_bytes = end, self._size - end
+        # Zeros alone are blocks that were written ahead of the log.
+        self.end, self.torn_bytes = end, self._volume.content_end(end, self._size) - end
         for item in torn:
             if not isinstance(item, Gap):
                 self.torn_needles += 1

@@ -44,6 +44,7 @@ _WINDOW_BYTES = 256 << 10
 HOLE_BYTES = 4096  # what is freed is a multiple of this, at multiples of it
 # Magic, header length, kind, inode, data size and name length in a header.
 _PLACING = operator.itemgetter(0, 1, 2, 5, 11, 16)
+_ZEROS = bytes(64 << 10)
 _MAGIC = NEEDLE_MAGIC.to_bytes(4, "little")
 
 
@@ -113,6 +114,10 @@ class Volume:
     def sync(self) -> None:
         """Make all needles durable that were appended before the call."""
         self._disk.sync(self._file)
+
+    def content_end(self, start: int, end: int) -> int:
+        """Return where between *start* and *end* nothing but zeros follows; *start* if there is nothing else."""
+        return self._disk.content_end(self._file, start, end)
 
     def holes(self) -> Iterator[tuple[int, int]]:
         """Yield where each hole of the file begins and ends, in bytes."""
@@ -370,8 +375,13 @@ class Volume:
         for offset in range(start, end, CHUNK_BYTES):
             self._disk.write(self._file, offset, [self.read(offset, min(CHUNK_BYTES, end - offset))])
 
+    def write_zeros(self, start: int, end: int) -> None:
+        """Fill the file from *start* to *end*, behind its last needle, with zeros."""
+        whole, rest = divmod(end - start, len(_ZEROS))
+        self._disk.write(self._file, start, [_ZEROS] * whole + [_ZEROS[:rest]])
+
     def truncate(self, size: int) -> None:
-        """Cut away what a failed append left behind."""
+        """Cut away what lies behind *size*."""
         self._disk.truncate(self._file, size)
 
     @staticmethod

@@ -10,7 +10,7 @@ from survivors import NOTHING_UNSYNCED
 
 from imgfs.format import Kind, Needle, inode_of
 from imgfs.repair import Repair
-from imgfs.store import ROOT
+from imgfs.store import ROOT, Store
 
 # -- what lies behind the end --------------------------------------------------------------------------------------
 
@@ -50,8 +50,22 @@ def test_who_does_not_agree_keeps_the_tail() -> None:
     assert len(done) == 1
 
 
-def test_zeros_are_cut_away_without_asking() -> None:
+def test_zeros_are_cut_away_by_opening() -> None:
+    """They are what a log has written ahead of itself."""
     disk, path, end = torn(bytes(5000))
+
+    def refuse(text: str) -> bool:
+        raise AssertionError(text)
+
+    done, _ = repaired(disk, refuse)
+    assert done == []
+    assert len(disk.content(path)) == end
+
+
+def test_zeros_behind_an_older_volume_are_cut_away_without_asking() -> None:
+    disk, path, end = torn(b"half a needle")
+    Store.open(PATH, disk=disk, settings=SETTINGS).close()
+    disk.set_content(path, disk.content(path)[:end] + bytes(5000))
 
     def refuse(text: str) -> bool:
         raise AssertionError(text)

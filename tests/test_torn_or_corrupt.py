@@ -291,7 +291,7 @@ def test_sequence_numbers_rise_where_the_index_covers_all(clock: Clock) -> None:
     (*_, last, checkpoint) = [At(p, offset, n) for p, offset, n in needles(disk) if isinstance(n, Needle)]
     assert checkpoint.needle.kind == Kind.CHECKPOINT
     file = disk.open(checkpoint.path, writable=True)
-    disk.write(file, disk.size(file), [bytes(100)])
+    disk.write(file, disk.size(file), [b"\1" * 100])
     disk.close(file)
     with open_store(disk) as store:
         assert_same(snapshot(store), work.history[-1], "behind a checkpoint")
