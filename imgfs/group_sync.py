@@ -7,15 +7,14 @@ is there while anybody waits; a lock covers who does.
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
 import trio
 
-# Who was just served may be back soon: the next run waits for it so long, or for half of what the last one took.
-_PATIENCE_S = 0.002
+# Who was just served may be back soon: the next run waits for it so long.
+_PATIENCE_S = 0.001
 
 # Called in the thread, with what the run has raised, None if nothing; must not wait for anything.
 Told = Callable[[Exception | None], None]
@@ -25,8 +24,9 @@ class GroupSync:
     """Runs *sync* in a thread, once for all that wait: a run that starts after you came covers you.
 
     Those who come during a run wait for the next; those that the run has served come back while that one is under way.
-    So writers that do nothing else would fall into two groups that take turns, each run for half of them. Where some
-    wait when a run ends, the next one waits a moment for those who were served.
+    So writers that do nothing else would fall into two groups that take turns, each run for half of them, or the first
+    to come back would get a run of its own. The next run waits a moment for all those who waited for the last one, or
+    wait by its end.
     """
 
     def __init__(self, sync: Callable[[Callable[[], int]], int]) -> None:
@@ -41,7 +41,6 @@ class GroupSync:
         self._served = 0
         self._runs = False  # the thread is at it
         self._expected = 0
-        self._patience_s = 0.0
         self._gathers = False  # it waits until `_complete` is released
         self._complete = threading.Lock()
         self._complete.acquire()
@@ -93,16 +92,15 @@ class GroupSync:
     def _serve_those_who_wait(self) -> bool:
         """Sync once; return whether somebody still waits."""
         self._gather()
-        start_s, count, error = time.monotonic(), self._asked, None
+        count, error = self._asked, None
         try:
             count = self._sync(self._count)
         except Exception as failure:
             error = failure
-        self._patience_s = min(_PATIENCE_S, (time.monotonic() - start_s) / 2)
         with self._lock:
             served = [self._waiting.popleft() for _ in range(count - self._served)]
             self._served = count
-            self._expected = len(served) + len(self._waiting) if self._waiting else 0
+            self._expected = len(served) + len(self._waiting)
             # From here on another thread may serve who comes.
             self._runs = goes_on = bool(self._waiting)
         for told in served:
@@ -118,7 +116,7 @@ class GroupSync:
             self._gathers = len(self._waiting) < self._expected
             if not self._gathers:
                 return
-        if not self._complete.acquire(timeout=self._patience_s):
+        if not self._complete.acquire(timeout=_PATIENCE_S):
             with self._lock:
                 came, self._gathers = not self._gathers, False
             if came:

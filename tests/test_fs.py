@@ -10,6 +10,7 @@ import trio
 import trio.testing
 from pyfuse3 import FUSEError
 
+from imgfs import group_sync
 from imgfs.answers import all_answered
 from imgfs.errors import Damaged, NotFound, Spoiled, StoreFull
 from imgfs.fs import Filesystem
@@ -151,31 +152,46 @@ async def test_those_who_come_during_a_sync_share_the_next() -> None:
     assert syncs.started == 2
 
 
-async def _runs_for_one_who_comes_twice() -> int:
+async def test_the_next_waits_for_those_who_were_served_or_wait_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_sync, "_PATIENCE_S", DEADLINE_S)
     syncs = Syncs()
     group = GroupSync(syncs)
-
-    async def come_twice() -> None:
-        await group.wait()
-        for _ in range(3):
-            await trio.lowlevel.checkpoint()
-        await group.wait()
-
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(come_twice)
+        nursery.start_soon(group.wait)
         await syncs.wait_for_begin()
         for _ in range(3):
             nursery.start_soon(group.wait)
         await trio.testing.wait_all_tasks_blocked()
-        await trio.sleep(0.005)  # half of what a run takes is how long the next one waits
-        syncs.let_go(3)
-    return syncs.started
+        syncs.let_go(2)
+        await trio.sleep(0.05)
+        assert syncs.started == 1, "one was served, and is expected again"
+        nursery.start_soon(group.wait)
+    assert syncs.started == 2
+    async with trio.open_nursery() as nursery:
+        for number in range(4):
+            await trio.sleep(0.01)
+            assert syncs.started == 2, f"four were served, {number} came back"
+            nursery.start_soon(group.wait)
+        syncs.let_go(1)
+    assert syncs.started == 3
 
 
-async def test_who_was_served_and_comes_back_at_once_shares_the_next_with_those_who_waited() -> None:
-    # The wait is 2 ms: on a busy machine he may come too late, but mostly he does not.
-    runs = [await _runs_for_one_who_comes_twice() for _ in range(11)]
-    assert sorted(runs)[5] == 2, f"without that there mostly are three, one for the others in between: {runs}"
+async def test_who_does_not_come_back_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    syncs = Syncs()
+    group = GroupSync(syncs)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(group.wait)
+        await syncs.wait_for_begin()
+        for _ in range(3):
+            nursery.start_soon(group.wait)
+        await trio.testing.wait_all_tasks_blocked()
+        syncs.let_go(2)
+    assert syncs.started == 2, "not for ever"
+    syncs.let_go(2)
+    await group.wait()
+    monkeypatch.setattr(group_sync, "_PATIENCE_S", DEADLINE_S)
+    await group.wait()
+    assert syncs.started == 4
 
 
 async def test_a_failed_sync_fails_for_all_it_was_for_and_for_nobody_else() -> None:
