@@ -40,8 +40,8 @@ __all__ = ["SMALL_BYTES", "Log", "Part"]
 _PLENTY_BYTES = 4096 * MIB
 _PLENTY_PART = 64
 _PLENTY_S = 0.05
-# Where syncs are small, blocks behind the end are written before they are needed: so many bytes, or this part of a
-# volume, again and again, as long as one sync has appended no more than a part of that.
+# Where syncs that somebody waits for are small, blocks behind the end are written before they are needed: so many
+# bytes, or this part of a volume, again and again, as long as one sync has appended no more than a part of that.
 _AHEAD_BYTES = MIB
 _AHEAD_PART = 16
 _SMALL_PART = 8
@@ -286,7 +286,7 @@ class Log(Batches):
             state, wanted, volume = self.state(), self._appended(), self.volume
             if state.end == words[Word.DURABLE] and not due:
                 return served
-            if not final:
+            if served:
                 self._write_ahead(volume, state.end)
             duplicate = volume.duplicate()
         try:
