@@ -75,6 +75,11 @@ class Calls:
         with self._desk.wait:
             return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
 
+    @staticmethod
+    def start(call: Callable[[], None]) -> None:
+        """Run *call* in a thread, that nobody waits for."""
+        trio.lowlevel.start_thread_soon(call, lambda result: result.unwrap())
+
     async def change(self, change: Callable[..., T], *args: Any) -> T:
         """Return `change(*args)`, a change that takes no longer than it would take to hand it to a thread."""
         return await self.change_of(0, change, *args)

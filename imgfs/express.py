@@ -67,7 +67,7 @@ class Express:
     ) -> None:
         self._store = store
         self._listers = listers or Listers()
-        self._prepared = Prepared(store, acts, store.access_times)
+        self._prepared = Prepared(store, acts, store.access_times, calls.start)
         self._giving = giving
         self._acts = acts
         self._calls = calls

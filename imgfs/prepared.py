@@ -3,11 +3,15 @@
 Owns entries that are packed and that nobody has asked for yet. Must not know who lists, nor which entries they are.
 
 What is prepared is what it would be if it were made now: it counts as long as nothing in the table changes, whatever
-that is. Whoever goes on listing gets more and more of it; where the table changes, no more than one answer.
+that is. Whoever goes on listing gets more and more of it; where the table changes, no more than one answer. What comes
+behind it is prepared in a thread, while who lists, on another processor, looks at what he has.
 
-*Concurrency:* on the loop of a worker, and in its threads; what is kept is replaced in one step.
+*Concurrency:* on the loop of a worker, and in its threads; what is kept is replaced in one step. What two replace at
+once is prepared again.
 """
 
+import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,41 +25,67 @@ from imgfs.listing import Numbers, Page
 from imgfs.replies import Entries, Reply
 from imgfs.store import Store
 
-# To prepare so many entries takes two milliseconds, for which others wait.
+# To prepare so many entries takes two milliseconds, for which others wait if it is not a thread that does.
 _ENTRIES_MAX = 4096
-_LOTS_MAX = 4
+# For each that lists what he is given, and what comes behind it.
+_LOTS_MAX = 8
+
+
+class _Place(NamedTuple):
+    """Where entries begin: behind a position in a *directory*."""
+
+    directory: int
+    bare: bool
+    behind: int
 
 
 class _Lot(NamedTuple):
-    """Entries of a *directory* behind a position."""
+    """Entries from a place on."""
 
-    directory: int
-    behind: int
-    bare: bool
+    place: _Place
     asked: int
     """How many there were to be; 0: no more than an answer takes."""
     entries: Entries
     page: Page
     atimes_ns: Numbers
 
-    def begin(self, behind: int) -> int | None:
-        """Return the number of the entry that comes *behind* that position; None if that is not known."""
-        if behind == self.behind:
+    def begin(self, place: _Place) -> int | None:
+        """Return the number of the entry that comes at that place; None if that is not known."""
+        if place == self.place:
             return 0
-        positions = self.page.keys
+        if place[:2] != self.place[:2]:
+            return None
+        positions, behind = self.page.keys, place.behind
         at = int(np.searchsorted(positions, behind))
         return at + 1 if at < len(positions) and positions[at] == behind else None
+
+    @property
+    def next_place(self) -> _Place:
+        """Where the entries begin that come behind these, of which there are some."""
+        return self.place._replace(behind=int(self.page.keys[-1]))
+
+
+class _Ahead(NamedTuple):
+    """What a thread prepares."""
+
+    place: _Place
+    done: threading.Event
 
 
 class Prepared:
     """What one worker has prepared."""
 
-    def __init__(self, store: Store, acts: Acts, times: AccessTimes) -> None:
+    def __init__(
+        self, store: Store, acts: Acts, times: AccessTimes, start: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """*start* runs what it is given in a thread."""
+        self._start = start
         self._store = store
         self._acts = acts
         self._times = times
         self._lots: tuple[_Lot, ...] = ()
         self._asked = False
+        self._ahead: _Ahead | None = None
 
     def forget(self) -> bool:
         """Free all if nobody has listed anything since this was called last; return whether there was any."""
@@ -70,20 +100,28 @@ class Prepared:
     ) -> Reply | None:
         """Answer with entries behind *position*, as `replies.listing` has them.
 
-        None where they have to be looked at one by one. Errors as `Acts.page`.
+        None where they have to be looked at one by one. Errors as `Acts.page`, and WouldBlock while a thread is at it.
         """
         self._asked = True
         count = size // replies.LISTED_BYTES_MIN
-        behind, more = max(position, DOTS), 2 * count
+        place, more = _Place(directory, bare, max(position, DOTS)), 2 * count
+        ahead = self._ahead
+        if ahead is not None and ahead.place == place:
+            if nowait:
+                raise WouldBlock
+            ahead.done.wait()
         lots = self._lots
         lot: _Lot
         for lot in reversed(lots):
-            begin = lot.begin(behind) if (lot.directory, lot.bare) == (directory, bare) else None
+            begin = lot.begin(place)
             if begin is None:
                 continue
+            left = lot.entries.bytes_from(begin)
             if not self._is_now(lot, begin, count):
                 more = count
-            elif lot.page.ends or lot.entries.bytes_from(begin) * 2 >= size:
+            elif lot.page.ends or left * 2 >= size or (left and self._goes_on(lot)):
+                if begin and lot.asked > count:
+                    self._go_on(lot)
                 return lot.entries.answer(unique, self._dots(directory, position, size), begin, size)
             else:
                 more = 2 * lot.asked
@@ -97,11 +135,41 @@ class Prepared:
             page = self._acts.page(directory, position, count, nowait=nowait)
         if page is None:
             return None
+        lot = self._packed(page, place, asked)
+        self._keep(lots, lot)
+        return lot.entries.answer(unique, self._dots(directory, position, size), 0, size)
+
+    def _packed(self, page: Page, place: _Place, asked: int) -> _Lot:
         atimes_ns = self._times.get_many(page.inodes, page.mtimes_ns)
-        entries = replies.entries(page, atimes_ns, self._acts.manner.timeout_s, bare=bare)
-        made = _Lot(directory, behind, bare, asked, entries, page, atimes_ns)
-        self._lots = (*lots[1 - _LOTS_MAX :], made)
-        return entries.answer(unique, self._dots(directory, position, size), 0, size)
+        entries = replies.entries(page, atimes_ns, self._acts.manner.timeout_s, bare=place.bare)
+        return _Lot(place, asked, entries, page, atimes_ns)
+
+    def _keep(self, others: tuple[_Lot, ...], lot: _Lot) -> None:
+        self._lots = (*others[1 - _LOTS_MAX :], lot)
+
+    def _goes_on(self, lot: _Lot) -> bool:
+        """Return whether what comes behind *lot* is there, or a thread is at it."""
+        place, ahead = lot.next_place, self._ahead
+        return (ahead is not None and ahead.place == place) or any(other.place == place for other in self._lots)
+
+    def _go_on(self, lot: _Lot) -> None:
+        """Let a thread prepare what comes behind *lot*, unless it is at something or that is there."""
+        if lot.page.ends or self._ahead is not None or self._goes_on(lot):
+            return
+        place, asked = lot.next_place, min(2 * lot.asked, _ENTRIES_MAX)
+        ahead = self._ahead = _Ahead(place, threading.Event())
+
+        def prepare() -> None:
+            try:
+                page = self._more(place.directory, place.behind, asked, nowait=False)
+                if page is not None:
+                    self._keep(self._lots, self._packed(page, place, asked))
+            finally:
+                # Whoever does not see it sees what became of it.
+                self._ahead = None
+                ahead.done.set()
+
+        self._start(prepare)
 
     def _more(self, directory: int, position: int, count: int, *, nowait: bool) -> Page | None:
         """As `Acts.page`; None, too, where an entry is damaged that nobody has asked for yet."""

@@ -1,5 +1,6 @@
 """What was prepared for who lists is what would be said now; where anything changed it is not said."""
 
+import threading
 from collections.abc import Iterator
 from random import Random
 
@@ -9,6 +10,8 @@ from stores import new_store, put
 
 from imgfs import prepared, replies
 from imgfs.acts import Acts, Manner
+from imgfs.calls import Calls
+from imgfs.disk import WouldBlock
 from imgfs.errors import Damaged
 from imgfs.format import Kind
 from imgfs.listing import Page
@@ -26,7 +29,7 @@ class Lister:
 
     def __init__(self, acts: Acts, monkeypatch: pytest.MonkeyPatch) -> None:
         self.store, self._acts = acts._store, acts
-        self.prepared = Prepared(self.store, acts, self.store.access_times)
+        self.prepared = Prepared(self.store, acts, self.store.access_times, Calls.start)
         self.counts: list[int] = []
         """How many entries were asked for at a time."""
         self.most: int | None = None
@@ -42,6 +45,7 @@ class Lister:
     def answer(self, position: int, size: int = ANSWER_BYTES, *, bare: bool = False, directory: int = ROOT) -> bytes:
         """Return the answer behind *position*, which is right, and as long as can be or the end of what is prepared."""
         reply = self.prepared.answer(7, directory, position, size, bare=bare)
+        self.wait()
         assert reply is not None
         answer = b"".join(reply)
         assert answer[:16] == replies.OUT_HEADER.pack(len(answer), 0, 7)
@@ -49,6 +53,12 @@ class Lister:
         assert expected.startswith(answer[16:])
         assert len(answer) > 16 or not expected
         return answer[16:]
+
+    def wait(self) -> None:
+        """Return once no thread prepares anything: the store is closed at the end of a test."""
+        ahead = self.prepared._ahead
+        if ahead is not None:
+            ahead.done.wait()
 
     def expected(self, position: int, size: int = ANSWER_BYTES, *, bare: bool = False, directory: int = ROOT) -> bytes:
         """Return what entry by entry gives behind *position*."""
@@ -82,6 +92,8 @@ def test_few_steps_are_taken_for_many_answers(monkeypatch: pytest.MonkeyPatch) -
     answers = sum(1 for _ in lister.walk())
     assert answers > 100
     assert len(lister.counts) < 10
+    lister.prepared.forget()
+    assert lister.prepared.forget()
     lister.counts.clear()
     monkeypatch.setattr(prepared, "_ENTRIES_MAX", 100)
     list(lister.walk())
@@ -204,6 +216,7 @@ def test_what_is_being_written_is_left_to_who_looks_at_each(monkeypatch: pytest.
     position, answers, left = 0, 0, 0
     while answer := lister.expected(position):
         prepared_now = lister.prepared.answer(7, ROOT, position, ANSWER_BYTES, bare=False)
+        lister.wait()
         position = last_position(b"".join(prepared_now[1:]) if prepared_now else answer)
         answers += 1
         left += prepared_now is None
@@ -211,3 +224,70 @@ def test_what_is_being_written_is_left_to_who_looks_at_each(monkeypatch: pytest.
     store.flush(handle)
     store.release(handle)
     list(lister.walk())
+
+
+class HeldUp:
+    """Lets who prepares ahead, in a thread, wait for a sign; what is asked for meanwhile is not held up."""
+
+    def __init__(self, lister: Lister, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+        self.go = threading.Event()
+        self.threads: list[int] = []
+        here, page = threading.get_ident(), lister._acts.page
+
+        def held_up(directory: int, position: int, count: int, *, nowait: bool = False) -> Page | None:
+            if threading.get_ident() != here:
+                self.threads.append(threading.get_ident())
+                assert not nowait
+                assert self.go.wait(30)
+                if error is not None:
+                    raise error
+            return page(directory, position, count, nowait=nowait)
+
+        monkeypatch.setattr(lister._acts, "page", held_up)
+
+
+def until_a_thread_is_at_it(lister: Lister) -> int:
+    """List until a thread prepares what comes next; return where that begins."""
+    position = 0
+    while lister.prepared._ahead is None:
+        reply = lister.prepared.answer(7, ROOT, position, ANSWER_BYTES, bare=False)
+        assert reply is not None
+        position = last_position(b"".join(reply[1:]))
+    return lister.prepared._ahead.place.behind
+
+
+def test_what_comes_next_is_prepared_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    lister = Lister(Acts(filled(3000), Manner(60.0)), monkeypatch)
+    held = HeldUp(lister, monkeypatch)
+    position = until_a_thread_is_at_it(lister)
+    with pytest.raises(WouldBlock):
+        lister.prepared.answer(7, ROOT, position, ANSWER_BYTES, bare=False, nowait=True)
+    assert lister.prepared.answer(7, ROOT, 0, ANSWER_BYTES, bare=False, nowait=True), "others need not wait"
+    before = len(lister.counts)
+    threading.Timer(0.05, held.go.set).start()
+    lister.answer(position)  # waits
+    assert len(lister.counts) == before + 1, "by the thread alone"
+    while answer := lister.answer(position):
+        position = last_position(answer)
+    assert len(held.threads) == len(lister.counts) - before > 3, "nobody else prepared anything from there on"
+
+
+def test_what_a_thread_cannot_prepare_is_left_to_who_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lister = Lister(Acts(filled(500), Manner(60.0)), monkeypatch)
+    held = HeldUp(lister, monkeypatch, Damaged("a name that is not asked for yet"))
+    position = until_a_thread_is_at_it(lister)
+    held.go.set()
+    while answer := lister.answer(position):
+        position = last_position(answer)
+    assert held.threads
+
+
+def test_what_changes_while_a_thread_prepares_is_said_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    lister = Lister(Acts(filled(500), Manner(60.0)), monkeypatch)
+    held = HeldUp(lister, monkeypatch)
+    position = until_a_thread_is_at_it(lister)
+    held.go.set()
+    lister.wait()
+    _, inode, _ = next(iter(lister.store.list(ROOT, position)))
+    lister.store.set_attr(inode, mode=0o600)
+    lister.answer(position)
