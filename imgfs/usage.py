@@ -108,13 +108,24 @@ class Usage:
         self._wrong = frozenset(wrong)
 
     def volumes(self) -> list[VolumeSize]:
-        """Return all volumes, by id."""
+        """Return all volumes, by id, without zeros that were written ahead.
+
+        Raises:
+            DiskFailure: as the disk says.
+        """
         found = []
         for row in range(self._table.memory.words[Word.VOLUMES]):
-            if self._table.volume(row).flags & VOLUME_GONE:
+            entry = self._table.volume(row)
+            if entry.flags & VOLUME_GONE:
                 continue
-            size = max(self._volumes.get(row).volume.size(), NEEDLES_START)
-            found.append(VolumeSize(row, self._table.volume(row).volume_id, size))
+            volume = self._volumes.get(row).volume
+            try:
+                size = max(volume.size(), NEEDLES_START)
+                if size > entry.end:
+                    size = volume.content_end(max(entry.end, NEEDLES_START), size)
+            except OSError as error:
+                raise disk_error(error, volume.path) from error
+            found.append(VolumeSize(row, entry.volume_id, size))
         return sorted(found, key=lambda each: each.volume_id)
 
     def of(self, listed: VolumeSize) -> VolumeUsage:

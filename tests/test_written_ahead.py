@@ -59,6 +59,15 @@ def test_most_small_syncs_find_their_blocks_written() -> None:
     assert max(sizes) <= end_of(store) + AHEAD
 
 
+def test_the_map_of_a_store_in_use_does_not_show_them_as_dead() -> None:
+    store = new_store()
+    put_and_sync(store, b"a", b"b", b"c")
+    assert behind(store)
+    usage = open_store(disk_of(store), writable=False).usage()
+    (listed,) = usage.volumes()
+    assert listed.size == usage.of(listed).size == end_of(store)
+
+
 def test_nothing_is_written_ahead_of_large_syncs() -> None:
     store = new_store()
     put_and_sync(store, b"a", b"b", b"c", data=bytes(AHEAD))
