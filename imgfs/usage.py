@@ -139,7 +139,7 @@ class Usage:
         end = min(entry.end, size)
         try:
             index = self._index(volume, end)
-            holes = np.array(list(volume.holes()), np.int64).reshape(-1, 2)
+            holes = np.array(list(volume.holes(size)), np.int64).reshape(-1, 2)
         except OSError as error:
             raise disk_error(error, volume.path) from error
         offsets = index["offset8"].astype(np.int64) * ALIGNMENT

@@ -119,9 +119,9 @@ class Volume:
         """Return where between *start* and *end* nothing but zeros follows; *start* if there is nothing else."""
         return self._disk.content_end(self._file, start, end)
 
-    def holes(self) -> Iterator[tuple[int, int]]:
-        """Yield where each hole of the file begins and ends, in bytes."""
-        return self._disk.holes(self._file, 0, self.size())
+    def holes(self, end: int) -> Iterator[tuple[int, int]]:
+        """Yield where each hole of the file begins and ends, in bytes, up to *end*."""
+        return self._disk.holes(self._file, 0, end)
 
     # -- reading ----------------------------------------------------------------------------------------------
 

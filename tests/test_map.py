@@ -126,6 +126,15 @@ def compare(found: list[VolumeUsage], parts: dict[int, list[tuple[int, int, Clas
         assert usage.needles.tolist() == [start for start, _, _ in whole[1:]]
 
 
+def test_a_hole_behind_the_end_is_no_part_of_a_volume(used: Path) -> None:
+    """As zeros written ahead are after power loss: blocks that were allocated and never written."""
+    before = usages(used)
+    last = max((used / "volumes").glob("*.vol"))
+    os.truncate(last, last.stat().st_size + 256 * KIB)
+    for usage, expected in zip(usages(used), before, strict=True):
+        assert (usage.size, usage.bytes_of().tolist()) == (expected.size, expected.bytes_of().tolist())
+
+
 def test_each_needle_is_judged_as_the_tree_needs_it(used: Path) -> None:
     parts = expected(used)
     compare(usages(used), parts)
