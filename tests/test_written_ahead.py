@@ -220,11 +220,18 @@ def test_a_snapshot_has_all_of_a_needle_that_ends_in_zeros() -> None:
     settings = dataclasses.replace(TINY, volume_bytes_max=1 << 30, checkpoint_needles=1 << 16)
     store, chance = new_store(settings), Random(1)
     put_and_sync(store, b"first")
-    disk, end, tries = disk_of(store), end_of(store), 0
-    while any(disk.content(VOLUME)[end - ALIGNMENT : end]):
-        # Of one length in eight all but one byte of the last word are zeros anyway.
-        put(store, ROOT, b"last", chance.randbytes(1 + tries % ALIGNMENT))
-        end, tries = end_of(store), tries + 1
+    disk = disk_of(store)
+
+    def last_word(length: int) -> bytes:
+        put(store, ROOT, b"last", chance.randbytes(length))
+        return disk.content(VOLUME)[end_of(store) - ALIGNMENT : end_of(store)]
+
+    # Of one length in eight all but one byte of the last word are zeros anyway: few needles of that length will do,
+    # and the zeros written ahead reach behind them.
+    length = next(length for length in range(1, 1 + ALIGNMENT) if not any(last_word(length)[1:]))
+    while any(last_word(length)):
+        pass
+    end = end_of(store)
     sync(store)
     assert len(disk.content(VOLUME)) > end == end_of(store)
     held = tree(store)
