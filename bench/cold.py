@@ -108,16 +108,14 @@ def _measure(
     kinds: tuple[type[System], ...] = (System,),
     before: int = 0,
 ) -> None:
-    """Let all systems of these kinds read, in turns, each after as many others as *before*, which do not count."""
+    """Let all systems of these kinds read, in turns, each after so many reads of anything as *before*."""
 
     def read(system: System, number: int) -> dict[str, float]:
         if not isinstance(system, kinds):
             return {}
-        dealt = order.deal(lineup.names_in(system), number + readers * rounds, before + per_turn)
-        names = dealt[before:]
+        names = order.deal(lineup.names_in(system), number + readers * rounds, per_turn)
         system.drop_caches()
-        if before:
-            together([functools.partial(read_files, system.directory, dealt[:before])])
+        _read_anything(lineup.disk.device, before)
         seconds, reads, read_bytes = read_cold(lineup.disk, system.directory, names, readers, _IMAGE_BYTES)
         figures = {"reads": reads / len(names), "kB": read_bytes / len(names) / 1000}
         figures["images/s"] = len(names) / seconds
@@ -142,7 +140,7 @@ def _measure_capped(result: Result, lineup: Lineup, order: _Order, chosen: _Size
         return
     # What passes on to XFS has the reads of XFS; the others are slow to start.
     lineup.drop_out(lambda system: not isinstance(system, Imgfs | Xfs))
-    at_once = min(_CAP, chosen.images) // 10
+    at_once = _CAP // 10
     with capped(lineup.disk.device, _CAP):
         for readers in _READERS:
             who = f"{_who(readers)}, capped at {_CAP:,} reads/s"
@@ -151,7 +149,7 @@ def _measure_capped(result: Result, lineup: Lineup, order: _Order, chosen: _Size
         lineup.each(lambda system: system.unmount())
     result.note(
         f"Capped: the kernel lets the first {_CAP // 10:,} reads through at once, and then so many a second. So "
-        f"{at_once:,} other images are read before each turn, which do not count."
+        f"{at_once:,} blocks of the disk are read before each turn, past all caches, which do not count."
     )
 
 
@@ -164,6 +162,15 @@ def read_cold(disk: XfsDisk, top: Path, names: Sequence[str], readers: int, imag
     if sum(sizes) != len(names) * image_bytes:
         raise Failed(f"{sum(sizes)} bytes were read, not {len(names)} x {image_bytes}")
     return seconds, after[0] - before[0], after[1] - before[1]
+
+
+def _read_anything(device: str, count: int) -> None:
+    """Read *count* blocks of *device*; no cache has any of them afterwards."""
+    file = os.open(device, os.O_RDONLY | os.O_DIRECT)
+    with mmap.mmap(-1, mmap.PAGESIZE) as buffer:
+        for number in range(count):
+            os.preadv(file, [buffer], number * mmap.PAGESIZE)
+    os.close(file)
 
 
 def _read_bare(system: Imgfs, readers: int, count: int, seed: int) -> float:
