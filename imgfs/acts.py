@@ -81,7 +81,7 @@ class Acts:
         self._hidden = Shown(None, 0)
 
     def lookup(self, parent: int, name: bytes, thread: int, *, nowait: bool = False) -> Shown:
-        """Find *name* for *thread*; the disk begins to read the image. As `Store.lookup`, but for NotFound."""
+        """Find *name* for *thread*. As `Store.lookup`, but for NotFound."""
         store = self._store
         if name == b"." or name == b"..":
             attr = store.attr(parent if name == b"." else store.parent(parent))
@@ -97,9 +97,6 @@ class Acts:
             if creator:
                 # The kernel may not remember a name that only the asking process may know.
                 return Shown(attr, 0) if creator == _process_of(thread) else self._hidden
-        if attr.kind == Kind.FILE:
-            # The disk works while the answer and the open travel.
-            store.prefetch(inode)
         return Shown(attr, self.manner.timeout_s)
 
     def listing(self, directory: int, position: int, *, nowait: bool = False) -> Iterator[Listed]:

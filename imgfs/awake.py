@@ -78,6 +78,11 @@ class Awake:
 
     def wait_until(self, deadline_ns: int) -> bool:
         """Return whether there is anything, until then, which is soon."""
+        if self.alone and deadline_ns - time.monotonic_ns() < _LOOK_NS and self._processors.spare():
+            poll = self._poll.poll
+            while not (found := poll(0)) and time.monotonic_ns() < deadline_ns:
+                pass
+            return bool(found)
         patience_s = max(0, deadline_ns - time.monotonic_ns()) / 1e9
         return bool(select.select([self._descriptor], (), (), patience_s)[0])
 

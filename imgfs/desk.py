@@ -85,6 +85,9 @@ class _Nothing:
     def answer(self, head: wire.Head, request: memoryview, row: int) -> Reply | None:
         return None
 
+    def go_on(self) -> None:
+        pass
+
     def ask_disk(self, head: wire.Head) -> bool:
         return False
 
@@ -353,7 +356,8 @@ class Desk:
     def _serve(self, patient: bool) -> _Came:
         """Answer requests until one is not for us, or none comes; not *patient*, the first must be there already."""
         seat = self._seats[trio.lowlevel.current_task()]
-        row, requests, buffer, answer = seat.row, self._requests, self._buffer, self.express.answer
+        row, requests, buffer = seat.row, self._requests, self._buffer
+        answer, go_on = self.express.answer, self.express.go_on
         shared, ours, late = self._board.words, self._post.words, self._late
         expected = False  # behind one request there mostly is another, and to poll costs as much as to read
         while self._in_a_row < _IN_A_ROW:
@@ -398,7 +402,8 @@ class Desk:
                 reply = answer(head, raw, row)
             except WouldBlock:
                 retried = self._fuse <= _SELECTED_MAX
-                if late is not None and late.put_off(head, raw, request, row, retried=retried):
+                alone = self._awake.alone
+                if late is not None and late.put_off(head, raw, request, row, retried=retried, alone=alone):
                     patient = True
                     continue
                 reply = None
@@ -412,6 +417,7 @@ class Desk:
             self._write(reply)
             requests.end(row)
             ours[ANSWERED] += 1
+            go_on()
             patient = True
         return _Came.MANY
 

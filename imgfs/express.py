@@ -12,6 +12,7 @@ answered here, from a thread. Both ask the same of the store (acts.py).
 read; `answer_late` awaits. `synced` is called in a thread.
 """
 
+import contextlib
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -72,6 +73,7 @@ class Express:
         self._acts = acts
         self._calls = calls
         self._timeout_s = acts.manner.timeout_s
+        self._looked_up = 0  # an image that nobody has opened since
         self._looks: dict[int, Callable[..., Reply]] = {
             Opcode.LOOKUP: self._lookup,
             Opcode.OPEN: self._open,
@@ -118,6 +120,13 @@ class Express:
             pass
         return None
 
+    def go_on(self) -> None:
+        """Let the disk begin to read what was just looked up: it works while the answer and the open travel."""
+        inode, self._looked_up = self._looked_up, 0
+        if inode:
+            with contextlib.suppress(ImgfsError, OSError):  # told when it is opened
+                self._store.prefetch(inode)
+
     def ask_disk(self, head: Head) -> bool:
         """Let the disk begin to read what `answer` had to wait for; return whether it is little."""
         _, opcode, _, node, *_ = head
@@ -149,8 +158,10 @@ class Express:
         attr = shown.attr
         if attr is not None and attr.kind != _DIRECTORY:
             self._listers.looked_up(asked.thread, asked.node)
-            if self._giving is not None and attr.kind == Kind.FILE:
-                self._giving.expect(attr.inode)
+            if attr.kind == Kind.FILE:
+                self._looked_up = attr.inode
+                if self._giving is not None:
+                    self._giving.expect(attr.inode)
         return self._shown(asked.unique, shown)
 
     def _shown(self, unique: int, shown: Shown) -> Reply:

@@ -24,9 +24,11 @@ from imgfs.replies import Reply
 from imgfs.requests import Request, Requests
 
 # A request is tried again when the disk has mostly answered by then, which is learned between these bounds, and then
-# so often, each time after a quarter of that.
-_LEAST_NS, _MOST_NS = 50_000, 1_000_000
-_TRIES = 8
+# so often, each time after a part of what it has waited. The disk was asked before, when the image was looked up.
+_LEAST_NS, _MOST_NS = 10_000, 1_000_000
+# To try in vain takes time that others have use for, so beside others a request waits so long at least.
+_LEAST_OF_MANY_NS = 50_000
+_TRIES, _PART = 8, 4
 
 
 class Unsynced(Exception):
@@ -44,6 +46,9 @@ class Express(Protocol):
 
     def synced(self, head: wire.Head, request: bytes, error: Exception | None) -> Reply | None:
         """Answer what waited for a sync, which raised *error*; in a thread. None: `answer_late` shall."""
+
+    def go_on(self) -> None:
+        """Do what is left to do for who was just answered."""
 
     def ask_disk(self, head: wire.Head) -> bool:
         """Let the disk begin to read what `answer` had to wait for; return whether it is little."""
@@ -83,19 +88,25 @@ class LateRequests:
         self._write = write
         self._token = trio.lowlevel.current_trio_token()
         self._waiting: deque[_Late] = deque()
-        self._usual_ns = 2 * _LEAST_NS
+        self._usual_ns = 10 * _LEAST_NS
         self.due_ns = 0
         """When the first of them is tried again; 0: none is."""
         self.in_threads = 0
         """How many of them are for threads, which hand back what they found on the loop."""
 
-    def put_off(self, head: wire.Head, raw: memoryview, request: Request, row: int, *, retried: bool) -> bool:
-        """Take over the *request* of *row*; return whether there is room. Only if it may be *retried*, it is."""
+    def put_off(
+        self, head: wire.Head, raw: memoryview, request: Request, row: int, *, retried: bool, alone: bool
+    ) -> bool:
+        """Take over the *request* of *row*; return whether there is room. Only if it may be *retried*, it is.
+
+        *alone*: nobody else has asked for anything of late.
+        """
         own_row = self._take_over(request, row)
         if own_row is None:
             return False
         now_ns = time.monotonic_ns()
-        late = _Late(head, bytes(raw), own_row, now_ns, now_ns + self._usual_ns)
+        wait_ns = self._usual_ns if alone else max(self._usual_ns, _LEAST_OF_MANY_NS)
+        late = _Late(head, bytes(raw), own_row, now_ns, now_ns + wait_ns)
         if self._express.ask_disk(head) and retried:
             self._waiting.append(late)
             self.due_ns = min(self.due_ns or late.due_ns, late.due_ns)
@@ -143,7 +154,8 @@ class LateRequests:
                 reply = self._express.answer(late.head, memoryview(late.raw), late.row)
             except WouldBlock:
                 if late.tries < _TRIES:
-                    due_ns = time.monotonic_ns() + self._usual_ns // 4
+                    now_ns = time.monotonic_ns()
+                    due_ns = now_ns + max(_LEAST_NS, (now_ns - late.since_ns) // _PART)
                     self._waiting.append(late._replace(due_ns=due_ns, tries=late.tries + 1))
                     continue
                 reply = None

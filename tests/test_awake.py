@@ -137,13 +137,15 @@ def test_it_waits_for_what_comes_and_no_longer_than_it_is_told(awake: Awake, pip
         since_ns = time.monotonic_ns()
         assert not awake.wait(patience_ms)
         assert time.monotonic_ns() - since_ns >= patience_ms * 1_000_000
-    since_ns = time.monotonic_ns()
-    assert not awake.wait_until(since_ns + 5_000_000)
-    assert time.monotonic_ns() - since_ns >= 5_000_000
+    for wait_ns in (0, _LOOK_NS // 2, 5_000_000):
+        since_ns = time.monotonic_ns()
+        assert not awake.wait_until(since_ns + wait_ns)
+        assert time.monotonic_ns() - since_ns >= wait_ns
     writer = threading.Timer(0.02, os.write, (pipe[1], b"x"))
     writer.start()
     assert awake.wait(20_000)
     assert awake.wait_until(time.monotonic_ns() + 20_000_000_000)
+    assert awake.wait_until(time.monotonic_ns() + _LOOK_NS // 2)
     writer.join()
 
 

@@ -1,5 +1,6 @@
 """What is answered on the spot is what pyfuse3's handlers answer; what cannot be is left to them, undone."""
 
+import errno
 import os
 import signal
 import threading
@@ -10,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 from door import PID, ROW, Door, Held
-from mounted import WORKER_DEATHS, Mounted
+from mounted import WORKER_DEATHS, Mounted, wait_until
 from stores import TINY, content, disk_of, names, new_store, put
 
 from imgfs.calls import INLINE_BYTES
@@ -54,6 +55,31 @@ def test_what_waits_for_the_disk_is_left_to_a_thread(door: Door) -> None:
     assert door.open(inode) is None
     assert door.read(handle, 0, 9) is None
     assert door.store.requests.in_hand(0) == []
+
+
+def test_the_disk_begins_to_read_what_was_looked_up_when_that_is_answered(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(door.store, ROOT, b"image")
+    door.store.mkdir(ROOT, b"directory", 0o755, 0, 0)
+    asked: list[int] = []
+    monkeypatch.setattr(disk_of(door.store), "prefetch", lambda file, offset, size: asked.append(offset))
+    assert door.lookup(b"image") is not None
+    assert asked == []
+    for _ in range(2):
+        door.express.go_on()
+        assert len(asked) == 1, "once"
+    assert door.lookup(b"directory") is not None
+    door.express.go_on()
+    assert len(asked) == 1
+
+
+def test_a_disk_that_refuses_to_begin_harms_nobody(door: Door) -> None:
+    inode = put(door.store, ROOT, b"image")
+    assert door.lookup(b"image") is not None
+    disk_of(door.store).fail_next("prefetch", errno.EIO)
+    door.express.go_on()
+    assert door.open(inode) is not None
 
 
 def test_what_somebody_else_holds_up_is_left_undone(door: Door) -> None:
@@ -213,6 +239,27 @@ def test_what_the_disk_has_to_give_is_answered_once_though_workers_die(stopped: 
             reader.join(60)
             assert not reader.is_alive()
     assert wrong == []
+
+
+@pytest.mark.mount
+@pytest.mark.root
+def test_who_looks_an_image_up_has_it_read_from_the_disk(stopped: Mounted) -> None:
+    stopped.start("timeout=0")
+    (stopped.point / "image").write_bytes(b"image" * 4000)
+    os.sync()
+    (volume,) = stopped.store.glob("volumes/*.vol")
+    with volume.open("rb") as file:
+
+        def is_in_memory() -> bool:
+            try:
+                return os.preadv(file.fileno(), [bytearray(20_000)], 0, os.RWF_NOWAIT) >= 20_000
+            except BlockingIOError:
+                return False
+
+        _let_go(stopped.store)
+        assert not is_in_memory()
+        (stopped.point / "image").stat()
+        wait_until(is_in_memory, "the image is in memory")
 
 
 @pytest.mark.mount
