@@ -203,11 +203,14 @@ class Express:
         directory = asked.node
         _, position, size = _RANGE.unpack_from(asked.body)
         bare = self._listers.wants_names_alone(asked.thread, directory)
-        prepared = self._prepared.answer(asked.unique, directory, position, size, bare=bare, nowait=nowait)
-        if prepared is not None:
-            return prepared
-        listing = _until_it_blocks(self._acts.listing(directory, position, nowait=nowait))
-        return replies.listing(asked.unique, listing, self._store.access_times, self._timeout_s, size, bare=bare)
+        reply = self._prepared.answer(asked.unique, directory, position, size, bare=bare, nowait=nowait)
+        if reply is None:
+            listing = _until_it_blocks(self._acts.listing(directory, position, nowait=nowait))
+            times = self._store.access_times
+            reply = replies.listing(asked.unique, listing, times, self._timeout_s, size, bare=bare)
+        if not bare:
+            self._listers.gave_attributes(asked.thread)
+        return reply
 
     def _opendir(self, asked: Asked) -> Reply:
         # What a directory shows depends on who asks, where images are published when they are closed.

@@ -39,12 +39,15 @@ class Listers:
 
     def wants_names_alone(self, thread: int, directory: int) -> bool:
         """Return whether *thread*, which gets another answer about *directory*, has no use for attributes."""
-        left = self._left(thread) or PATIENCE + 1
-        if left > 1:
-            self._leave(thread, left - 1)
+        if self._left(thread) != 1:
             return False
         self._bare[directory % _DIRECTORIES] = 1
         return True
+
+    def gave_attributes(self, thread: int) -> None:
+        """Note that *thread* got an answer with attributes."""
+        left = self._left(thread) or PATIENCE + 1
+        self._leave(thread, max(left - 1, 1))
 
     def looked_up(self, thread: int, directory: int) -> None:
         """Note that *thread* has asked for an entry of *directory* which is no directory itself."""

@@ -163,13 +163,18 @@ class Prepared:
             try:
                 page = self._more(place.directory, place.behind, asked, nowait=False)
                 if page is not None:
-                    self._keep(self._lots, self._packed(page, place, asked))
+                    packed = self._packed(page, place, asked)
+                    self._keep(self._lots, packed)
             finally:
                 # Whoever does not see it sees what became of it.
                 self._ahead = None
                 ahead.done.set()
 
-        self._start(prepare)
+        try:
+            self._start(prepare)
+        except RuntimeError:  # no thread is to be had: who goes on looks for himself
+            self._ahead = None
+            ahead.done.set()
 
     def _more(self, directory: int, position: int, count: int, *, nowait: bool) -> Page | None:
         """As `Acts.page`; None, too, where an entry is damaged that nobody has asked for yet."""

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ from door import PID, ROW, Door, Held
 from mounted import WORKER_DEATHS, Mounted, wait_until
 from stores import TINY, content, disk_of, names, new_store, put
 
+from imgfs.acts import DOTS
 from imgfs.calls import INLINE_BYTES
 from imgfs.errors import EXIT_DAMAGED
+from imgfs.listers import PATIENCE
 from imgfs.requests import Request
 from imgfs.store import ROOT
 from imgfs.wire import OUT_HEADER, Opcode
@@ -55,6 +58,22 @@ def test_what_waits_for_the_disk_is_left_to_a_thread(door: Door) -> None:
     assert door.open(inode) is None
     assert door.read(handle, 0, 9) is None
     assert door.store.requests.in_hand(0) == []
+
+
+def test_an_answer_that_waits_for_the_disk_costs_no_patience_until_it_is_given(door: Door) -> None:
+    put(door.store, ROOT, b"image")
+    disk_of(door.store).cold = True
+    listing = struct.pack("<QQIIQII", 0, DOTS, 4096, 0, 0, 0, 0)
+    for _ in range(2 * PATIENCE):
+        assert door.ask(Opcode.READDIRPLUS, ROOT, listing) is None
+    disk_of(door.store).cold = False
+    reply = door.ask(Opcode.READDIRPLUS, ROOT, listing)
+    assert reply is not None
+    with_attributes = b"".join(reply)
+    for _ in range(PATIENCE):
+        reply = door.ask(Opcode.READDIRPLUS, ROOT, listing)
+        assert reply is not None
+    assert b"".join(reply) != with_attributes
 
 
 def test_the_disk_begins_to_read_what_was_looked_up_when_that_is_answered(

@@ -22,6 +22,7 @@ def answers_with_attributes(listers: Listers, thread: int = THREAD) -> int:
     """Let *thread* list until it gets names alone; return how many answers it got with attributes."""
     count = 0
     while not listers.wants_names_alone(thread, DIRECTORY):
+        listers.gave_attributes(thread)
         count += 1
         assert count <= PATIENCE_WITH_USER
     return count

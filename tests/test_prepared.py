@@ -291,3 +291,20 @@ def test_what_changes_while_a_thread_prepares_is_said_as_it_is(monkeypatch: pyte
     _, inode, _ = next(iter(lister.store.list(ROOT, position)))
     lister.store.set_attr(inode, mode=0o600)
     lister.answer(position)
+
+
+def test_where_no_thread_is_to_be_had_who_lists_goes_on() -> None:
+    acts = Acts(filled(3000), Manner(60.0))
+
+    def start(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    prepared, position, count = Prepared(acts._store, acts, acts._store.access_times, start), 0, 0
+    while True:
+        reply = prepared.answer(7, ROOT, position, ANSWER_BYTES, bare=False, nowait=True)
+        assert reply is not None
+        answer = b"".join(reply[1:])
+        if not answer:
+            break
+        position, count = last_position(answer), count + 1
+    assert count > 3000 // (ANSWER_BYTES // replies.LISTED_BYTES_MIN)
