@@ -9,7 +9,7 @@ from bench.lineup import Lineup, line_up
 from bench.measure import say, timed
 from bench.neighbours import JuiceFs
 from bench.result import Result
-from bench.site import Site
+from bench.site import Site, touch_memory
 from bench.systems import Bindfs, Imgfs, System, Xfs
 
 _KINDS = (Imgfs, Xfs, Bindfs, JuiceFs)
@@ -68,6 +68,8 @@ def _measure(result: Result, lineup: Lineup, directories: int, chosen: _Size) ->
             for state in ("cold", "warm"):
                 if state == "cold":
                     system.drop_caches()
+                else:
+                    touch_memory()
                 seconds = timed(functools.partial(run_command, *command.split(), system.directory, quietly=True))
                 figures[f"`{command}`, {state}"] = images_in(system) / seconds
         return figures

@@ -9,7 +9,7 @@ from bench.commands import run as run_command
 from bench.measure import say, timed
 from bench.probe import probe, probe_killed
 from bench.result import OURS, Result
-from bench.site import Site, drop_caches
+from bench.site import Site, drop_caches, touch_memory
 from bench.stores import large_store
 from imgfs.rebuild import remove_index
 from imgfs.saved_table import saved_paths
@@ -58,7 +58,7 @@ def run(site: Site, size: str) -> Result:
 def _starts(result: Result, store: Path, images: int, chosen: _Size) -> None:
     rounds = range(chosen.rounds)
     made = [_without_table(store)["seconds"] for _ in rounds]
-    stops = [probe(store) for _ in rounds]
+    stops = [_warm(store) for _ in rounds]
     warm = [found["seconds"] for found in stops]
     cold = [_cold(store)["seconds"] for _ in rounds]
     crashed = [_after_crash(store, chosen.crashed) for _ in rounds]
@@ -79,10 +79,15 @@ def _cold(store: Path) -> dict[str, float]:
     return probe(store)
 
 
+def _warm(store: Path) -> dict[str, float]:
+    touch_memory()
+    return probe(store)
+
+
 def _without_table(store: Path) -> dict[str, float]:
     for path in saved_paths(str(store)):
         Path(path).unlink(missing_ok=True)
-    return probe(store)
+    return _warm(store)
 
 
 def _after_crash(store: Path, images: int) -> float:

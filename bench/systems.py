@@ -20,7 +20,7 @@ from typing import ClassVar
 from bench.commands import Failed, imgfs, run
 from bench.measure import together
 from bench.serving import DEADLINE_S, MountServer
-from bench.site import Site, XfsDisk, drop_caches
+from bench.site import Site, XfsDisk, drop_caches, touch_memory
 from bench.stores import make_large_store
 from bench.trees import name_directory, name_file
 from imgfs.volumes import VOLUMES
@@ -85,6 +85,7 @@ class System(abc.ABC):
     def settle(self) -> None:
         """Return once nothing that was written waits for the disk; it may be mounted elsewhere then."""
         os.sync()
+        touch_memory()
 
     def drop_caches(self) -> None:
         """Let all that was read be forgotten: by the kernel, and by what serves it."""
