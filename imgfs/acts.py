@@ -169,9 +169,9 @@ class Acts:
         drop = stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0)
         return mode & ~drop if mode & drop else None
 
-    def loses_privileges(self, inode: int) -> bool:
-        """Return whether *inode*, whose bytes change, has anything to lose that it was trusted with."""
-        return self.mode_without_set_id(inode) is not None or (self.manner.xattrs and self._store.has_xattrs(inode))
+    def loses_privileges(self, inode: int, mode: int) -> bool:
+        """Return whether *inode*, which has *mode* and whose bytes change, may lose what it was trusted with."""
+        return mode & _SET_ID != 0 or (self.manner.xattrs and self._store.has_xattrs(inode))
 
 
 def _process_of(thread: int) -> int:

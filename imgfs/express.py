@@ -243,11 +243,11 @@ class Express:
     def _write(self, asked: Asked) -> Reply | None:
         store = self._store
         handle, offset, size = _RANGE.unpack_from(asked.body)
-        if self._acts.loses_privileges(store.handle_inode(handle)):
+        inode, mode, copied = store.about_to_write(handle)
+        if self._acts.loses_privileges(inode, mode):
             return None
         content = asked.body[_WRITE_HEADER_BYTES : _WRITE_HEADER_BYTES + size]
-        copied = size + store.stage_bytes(handle)
-        self._calls.at_once(asked.row, copied, store.write, handle, offset, content, last_try=False)
+        self._calls.at_once(asked.row, size + copied, store.write, handle, offset, content, last_try=False)
         return replies.written(asked.unique, size)
 
     def _flush(self, asked: Asked) -> Reply:

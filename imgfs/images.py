@@ -23,7 +23,7 @@ from imgfs.errors import (
 from imgfs.format import ALIGNMENT, CHUNK_BYTES, IMAGE_BYTES_MAX, Kind, Needle, inode_of, slot_of
 from imgfs.handles import WRITE, Handles
 from imgfs.image_reading import ImageReading
-from imgfs.layout import VOLUME_SEALED, Flag
+from imgfs.layout import VOLUME_SEALED, Flag, Word
 from imgfs.log import SMALL_BYTES, Log, Part
 from imgfs.records import Record
 from imgfs.staging import ATTRIBUTED, DIRTY, SPOILED, Staged, Staging, State, is_refused
@@ -32,6 +32,9 @@ from imgfs.volumes import Volumes
 
 # So much is staged anew where a writer goes on behind a flush.
 _STAGED_ANEW_BYTES = 256 << 10
+# What was written last is kept for its flush up to this size.
+_KEPT_BYTES_MAX = 256 << 10
+_NOTHING_WRITTEN = (-1, 0, b"")
 
 
 class Images(ImageReading):
@@ -40,6 +43,8 @@ class Images(ImageReading):
     def __init__(self, table: Table, volumes: Volumes, handles: Handles, staging: Staging, log: Log | None) -> None:
         super().__init__(table, volumes, handles, staging)
         self._log = log
+        # All that is staged in an entry, as it was when the table's counter stood there: entry, counter, bytes.
+        self._written: tuple[int, int, bytes] = _NOTHING_WRITTEN
         if log is not None:
             log.unstage = self._unstage
 
@@ -126,6 +131,8 @@ class Images(ImageReading):
             except StoreFull as error:
                 raise self._refused(inode, error, last_try=last_try) from None
             self._dirty(number, max(size, end))
+            if not offset and size <= end <= _KEPT_BYTES_MAX:
+                self._written = number, self._table.memory.words[Word.COUNTER], bytes(data)
         return len(data)
 
     def truncate(self, inode: int, size: int) -> None:
@@ -221,15 +228,25 @@ class Images(ImageReading):
             second = Part(Needle(Kind.XATTR, inode, data_size=len(attributes)), [attributes], None)
         if size <= SMALL_BYTES:
             ended = size <= _STAGED_ANEW_BYTES and self._handles.writers(inode) == 1
-            data = self._staging.read(number, 0, size)
-            if len(data) < size:  # the file is sparse at its end
-                data += bytes(size - len(data))
+            data = self._small(number, size)
             self.writer().append(needle, [data] if data else [], second=second, staged=number, ended=ended)
             if ended:
                 self._staging.free(number)
         else:
             pieces = self._staged_pieces(number, size)
             self.writer().append(needle, [], large=pieces, second=second, staged=number)
+
+    def _small(self, number: int, size: int) -> bytes:
+        """Within the lock: return the *size* bytes that are staged in entry *number*.
+
+        Mostly one write brought all of them, and nothing was changed since: then they need not be read again.
+        """
+        entry, counter, data = self._written
+        self._written = _NOTHING_WRITTEN
+        if entry == number and counter == self._table.memory.words[Word.COUNTER]:
+            return data
+        data = self._staging.read(number, 0, size)
+        return data + bytes(size - len(data)) if len(data) < size else data  # the file may be sparse at its end
 
     def _unstage(self, number: int, ended: bool) -> None:
         """Within `Memory.change`: needles hold what is in entry *number*; if it is *ended* nobody finds it any more."""

@@ -442,8 +442,7 @@ class Store(Xattrs):
 
     def stage_bytes(self, handle: int) -> int:
         """Return how many bytes the next `write` would copy first: those of an image that is not being written yet."""
-        inode, _ = self._handles.get(handle)
-        return 0 if self._images.staged_state(inode) is not None else self._images.record(inode).size
+        return self.about_to_write(handle)[2]
 
     def fsync(self, handle: int) -> None:
         """`flush`, and make it durable.

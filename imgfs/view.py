@@ -214,6 +214,17 @@ class View:
         staged = self._images.staged_state(inode) if record.flags & Flag.STAGED else None
         return self._table.owner(staged.owner if staged is not None and staged.flags & DIRTY else record.owner)
 
+    def about_to_write(self, handle: int) -> tuple[int, int, int]:
+        """Return of a *handle* its inode, the mode of that, and how many bytes the next `write` would copy first.
+
+        Those of an image that is not being written yet. BadHandle, Stale.
+        """
+        inode, _ = self._handles.get(handle)
+        record = self._images.record(inode)
+        staged = self._images.staged_state(inode) if record.flags & Flag.STAGED else None
+        owner = staged.owner if staged is not None and staged.flags & DIRTY else record.owner
+        return inode, self._table.owner(owner)[2], record.size if staged is None else 0
+
     def any_rare(self) -> bool:
         """Return whether any inode has several names, or extended attributes; if not, nobody need look for them."""
         return self._memory.words[Word.RARE_COUNT] > 0

@@ -16,6 +16,7 @@ from stores import content, names, put, read_all
 from imgfs.disk import Disk
 from imgfs.errors import Busy, OtherLayout, Stale
 from imgfs.layout import Word
+from imgfs.opening import STAGING
 from imgfs.settings import KIB
 from imgfs.store import ROOT, Store, make_store
 from imgfs.volumes import VOLUMES, OpenVolume, Volumes
@@ -43,6 +44,66 @@ def test_what_is_open_stays_open() -> None:
         assert store._handles.count() == 0
         assert names(other) == names(store) == {b"a"}
         other.leave()
+
+
+class Reads(Disk):
+    """Counts what is read of files that images are staged in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def read(self, file: int, offset: int, size: int, *, nowait: bool = False) -> bytes:
+        self.count += f"/{STAGING}/" in os.readlink(f"/proc/self/fd/{file}")
+        return super().read(file, offset, size, nowait=nowait)
+
+
+def _write_and_flush(store: Store, name: bytes, meanwhile: Callable[[int, int], object]) -> bytes:
+    """Write an image whole, let something happen to it (inode, handle), flush it; return what it is then."""
+    inode, handle = store.create_image(ROOT, name, 0o644, 0, 0)
+    store.write(handle, 0, b"all of it")
+    meanwhile(inode, handle)
+    store.flush(handle)
+    store.release(handle)
+    return content(store, inode)
+
+
+def test_what_one_write_brought_is_not_read_again_unless_anything_was_changed_since() -> None:
+    with new_store() as first:
+        put(first, ROOT, b"owner")
+        disk = Reads()
+        store = Store.attach(first.path, os.dup(first.memory_descriptor), None, disk=disk, settings=first.settings)
+        other = attached(first)
+
+        def of_others(handle: int, offset: int, data: bytes) -> None:
+            other.write(handle, offset, data)
+
+        assert _write_and_flush(store, b"alone", lambda *_: None) == b"all of it"
+        assert disk.count == 0
+        assert _write_and_flush(store, b"over", lambda _, handle: of_others(handle, 4, b"OF")) == b"all OF it"
+        assert _write_and_flush(store, b"longer", lambda _, handle: of_others(handle, 9, b"!")) == b"all of it!"
+        assert _write_and_flush(store, b"again", lambda _, handle: store.write(handle, 0, b"ALL")) == b"ALL of it"
+        assert _write_and_flush(store, b"cut", lambda inode, _: other.truncate(inode, 3)) == b"all"
+        assert _write_and_flush(store, b"extended", lambda inode, _: other.truncate(inode, 11)) == b"all of it\0\0"
+        assert _write_and_flush(store, b"beside", lambda *_: put(other, ROOT, b"another")) == b"all of it"
+        assert _write_and_flush(store, b"dated", lambda inode, _: other.set_attr(inode, mtime_ns=1)) == b"all of it"
+        assert disk.count == 7
+        other.leave()
+        store.leave()
+
+
+def test_what_is_read_again_is_that_of_its_own_entry() -> None:
+    with new_store() as store:
+        inode, handle = store.create_image(ROOT, b"first", 0o644, 0, 0)
+        second_inode, second = store.create_image(ROOT, b"second", 0o644, 0, 0)
+        store.write(handle, 0, b"1")
+        store.write(second, 0, b"2")
+        store.flush(handle)
+        store.flush(second)
+        assert (content(store, inode), content(store, second_inode)) == (b"1", b"2")
+        store.write(handle, 1, b"behind it")
+        store.flush(handle)
+        assert content(store, inode) == b"1behind it"
 
 
 def test_both_append_and_follow_each_other_to_the_next_volume() -> None:
